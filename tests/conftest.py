@@ -1,0 +1,21 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Shared machines are slow at random; in CI a failure must be repeatable.
+settings.register_profile("llama_fast", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("llama_fast")
+
+_SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real checkpoints, tokenizers and vectors that are not part of this repository."""
+    if not _SHARED_DATA.is_dir():
+        pytest.skip(f"no test data at {_SHARED_DATA}")
+    return _SHARED_DATA
