@@ -1,0 +1,1 @@
+"""The packed Llama graph and its state: weights, rotary embedding, KV cache."""

@@ -1,0 +1,88 @@
+"""The static KV cache: one pool of pages, allocated once, never grown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llama_fast.config import LlamaConfig
+from llama_fast.errors import RequestError
+
+# The unit of allocation and of the kernels' key tile.
+PAGE_SIZE = 64
+# The unit of reduction: slots whose softmax is summed together; part of every result's bits.
+SPLIT_SIZE = 256
+
+
+@dataclass
+class LayerPages:
+    """One layer's view of the pool; `k` and `v` are [num_pages, num_kv_heads, page_size, head_dim].
+
+    Under autograd the reference backend rebinds `k` and `v` to new tensors instead of writing in place.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+
+class PagedKVCache:
+    """Pool [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim] of K and V.
+
+    Args:
+        config: gives num_hidden_layers, num_key_value_heads and head_dim.
+        num_pages: pages in the pool.
+        page_size: slots in a page.
+        split_size: slots whose softmax is summed together; a multiple of page_size.
+        dtype, device: of the pool.
+
+    Raises:
+        RequestError: a size is not positive, or split_size is not a multiple of page_size.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        num_pages: int,
+        *,
+        page_size: int = PAGE_SIZE,
+        split_size: int = SPLIT_SIZE,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if page_size < 1 or split_size < 1 or split_size % page_size:
+            raise RequestError(f"split_size={split_size} must be a positive multiple of page_size={page_size}")
+        if num_pages < 1:
+            raise RequestError(
+                f"a cache of num_pages={num_pages} holds nothing; give max_batch or cache_bytes more room"
+            )
+        self.page_size = page_size
+        self.split_size = split_size
+        self.num_pages = num_pages
+        # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
+        self.pool = torch.empty(
+            (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+
+    @staticmethod
+    def page_bytes(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers, K and V."""
+        slot_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return page_size * slot_bytes
+
+    def layer(self, index: int) -> LayerPages:
+        """The view that one layer reads and writes."""
+        return LayerPages(self.pool[index, 0], self.pool[index, 1])
+
+    def copy_pages(self, ops: ModuleType, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy pages in every layer (a fork's partial last page)."""
+        ops.copy_pages(self.pool, source, target)

@@ -1,0 +1,154 @@
+"""The Llama graph on packed tokens: five ops a layer, run by whichever backend the batch carries.
+
+Modules hold parameters under the checkpoint's names; what the ops read are weights prepared from them by the backend.
+Source: Llama, arXiv:2302.13971; Llama 2, arXiv:2307.09288; rounding and layout as Hugging Face's LlamaForCausalLM.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.config import LlamaConfig
+from llama_fast.model.batch import Batch
+from llama_fast.model.kv_cache import LayerPages, PagedKVCache
+from llama_fast.model.rope import RotaryEmbedding
+
+
+class RMSNorm(nn.Module):
+    """Parameters of a root-mean-square norm: weight [hidden_size] and eps."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+
+class Attention(nn.Module):
+    """Parameters of the attention projections."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+
+
+class MLP(nn.Module):
+    """Parameters of the gated feed-forward projections."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and a residual."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_act = config.hidden_act
+
+    def prepare(self, ops: ModuleType) -> None:
+        """Let the backend make its weights from the parameters as they are now."""
+        attn, mlp = self.self_attn, self.mlp
+        self.qkv_proj: Any = ops.prepare_linear([attn.q_proj, attn.k_proj, attn.v_proj])
+        self.o_proj: Any = ops.prepare_linear([attn.o_proj])
+        self.gate_up_proj: Any = ops.prepare_linear([mlp.gate_proj, mlp.up_proj], activation=self.hidden_act)
+        self.down_proj: Any = ops.prepare_linear([mlp.down_proj])
+
+    def forward(self, x: Tensor, batch: Batch, pages: LayerPages) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape; K and V of the batch's tokens are written into `pages`."""
+        ops = batch.ops
+        q = ops.norm_qkv_rope_cache(x, self.input_layernorm, self.qkv_proj, batch, pages)
+        x = ops.linear_residual(ops.attention(q, pages, batch), self.o_proj, x)
+        h = ops.norm_gate_up_act(x, self.post_attention_layernorm, self.gate_up_proj)
+        return ops.linear_residual(h, self.down_proj, x)
+
+
+class LlamaDecoder(nn.Module):
+    """Embedding, layers and final norm: the checkpoint's `model.` part."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+
+    def run(self, batch: Batch, cache: PagedKVCache) -> Tensor:
+        """Hidden states [num_tokens, hidden_size] after the last layer, before the final norm; fills the cache."""
+        x = batch.ops.embed(batch.token_ids, self.embed_tokens)
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            x = layer(x, batch, cache.layer(index))
+        return x
+
+
+class LlamaLM(nn.Module):
+    """The decoder and its LM head; parameters carry the checkpoint's names.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    decoder_class: type[LlamaDecoder] = LlamaDecoder
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = self.decoder_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._prepared: tuple | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters and of the activations."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Random weights: Linear and Embedding ~ N(0, initializer_range), biases and the padding row 0, norms 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+
+    def prepare(self, ops: ModuleType) -> None:
+        """Make the backend's weights anew if a parameter or the backend changed since the last call."""
+        state = (ops, [(id(p), p.data_ptr(), p._version) for p in self.parameters()])
+        if state == self._prepared:
+            return
+        for layer in self.model.layers:
+            cast(DecoderLayer, layer).prepare(ops)
+        self.prepared_head: Any = ops.prepare_linear([self.lm_head])
+        self._prepared = state
+
+    def refresh(self) -> None:
+        """Drop the backend's weights, for writes through `.data` that PyTorch does not count."""
+        self._prepared = None
+
+    def logits(self, hidden_states: Tensor, ops: ModuleType) -> Tensor:
+        """hidden_states [num_tokens, hidden_size] as `run` returns them -> logits [num_tokens, vocab_size], fp32."""
+        return ops.norm_lm_head(hidden_states, self.model.norm, self.prepared_head)
