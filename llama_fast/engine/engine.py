@@ -1,0 +1,323 @@
+"""The one generation loop: requests to batches to tokens, over one static cache."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_fast.engine.outputs import Logprob, PositionLogprobs
+from llama_fast.engine.request import Request, Sample
+from llama_fast.engine.scheduler import Scheduler, Work
+from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, OutOfMemoryError, RequestError
+from llama_fast.model.batch import Chunk, pack
+from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
+from llama_fast.model.llama import LlamaLM
+from llama_fast.ops import select_backend
+from llama_fast.ops.reference_sample import SamplingBatch
+
+DEFAULT_MAX_BATCH = 16
+DEFAULT_PREFILL_CHUNK = 512
+# Prompt positions whose logits are in memory at once while prompts are scored.
+_SCORED_ROWS = 64
+
+
+class Engine:
+    """Runs requests on one model and one cache.
+
+    The same request gives the same tokens and logits, bit for bit, alone or in any batch, in any order of arrival and
+    with any `prefill_chunk`.
+
+    Args:
+        model: its weights, device and dtype.
+        backend: "auto", "reference", "cpu" or "gpu".
+        max_batch: samples that run at once; default 16, fewer if memory is short.
+        max_seq_len: tokens of one sample, prompt included; default the model's max_position_embeddings.
+        cache_bytes: size of the KV cache; default what max_batch sequences of max_seq_len need, at most half of the
+            memory that is free.
+        page_size, split_size: of the cache (see kv_cache.py); split_size is part of every result's bits.
+        prefill_chunk: prompt tokens run in one step.
+
+    Raises:
+        RequestError: an argument is out of range.
+        OutOfMemoryError: not even one sequence of max_seq_len fits.
+    """
+
+    def __init__(
+        self,
+        model: LlamaLM,
+        *,
+        backend: str = "auto",
+        max_batch: int = DEFAULT_MAX_BATCH,
+        max_seq_len: int | None = None,
+        cache_bytes: int | None = None,
+        page_size: int = PAGE_SIZE,
+        split_size: int = SPLIT_SIZE,
+        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("page_size", page_size)):
+            if not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name}={value!r} must be a positive integer")
+        limit = model.config.max_position_embeddings
+        self.max_seq_len = limit if max_seq_len is None else max_seq_len
+        if not 1 <= self.max_seq_len <= limit:
+            raise RequestError(f"max_seq_len={max_seq_len} must be 1 to max_position_embeddings={limit}")
+        self.model = model
+        self.ops = select_backend(backend, model.device)
+        self.max_batch = max_batch
+        self.prefill_chunk = prefill_chunk
+        num_pages = _num_pages(model, max_batch, self.max_seq_len, cache_bytes, page_size)
+        self.cache = PagedKVCache(
+            model.config,
+            num_pages,
+            page_size=page_size,
+            split_size=split_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._lock = threading.Lock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.scheduler = Scheduler(self.cache.num_pages, self.cache.page_size, self.max_batch, self.prefill_chunk)
+        self._requests: dict[object, Request] = {}
+
+    def check(self, request: Request) -> None:
+        """Refuse what could never run, before any work.
+
+        Raises:
+            RequestError: token ids, n or a token id of the parameters are out of range.
+            ContextLengthError: prompt and new tokens do not fit max_seq_len or the cache.
+        """
+        sampling, prompt_ids = request.sampling, request.prompt_token_ids
+        if not prompt_ids:
+            raise RequestError("the prompt has no tokens; give at least one (the tokenizer adds no bos token here)")
+        for position, token_id in enumerate(prompt_ids):
+            if not 0 <= token_id < self.model.config.vocab_size:
+                vocab_size = self.model.config.vocab_size
+                raise RequestError(f"prompt_token_ids[{position}]={token_id} is outside the vocabulary of {vocab_size}")
+        if sampling.n > self.max_batch:
+            raise RequestError(f"n={sampling.n} exceeds max_batch={self.max_batch}; build the engine with a larger one")
+        length = len(prompt_ids) + sampling.max_tokens
+        if length > self.max_seq_len:
+            raise ContextLengthError(
+                f"{len(prompt_ids)} prompt tokens + max_tokens={sampling.max_tokens} exceed max_seq_len={self.max_seq_len}"
+            )
+        needed = self.scheduler.pages_needed(request.samples[0].sequence)
+        if needed > self.cache.num_pages:
+            raise ContextLengthError(
+                f"the request needs {needed} cache pages of {self.cache.page_size} tokens, the cache has "
+                f"{self.cache.num_pages}; lower n or max_tokens, or raise cache_bytes"
+            )
+
+    def run(self, requests: Sequence[Request]) -> Generator[list[Sample], None, None]:
+        """Run all requests to their end; yields after each step the samples that got a token or ended.
+
+        Closing the iterator or an exception drops what is unfinished and leaves the engine usable.
+
+        Raises:
+            RequestError: a request can never run (see `check`), or this engine is running others.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RequestError("this engine is generating already; finish or close that stream first")
+        try:
+            for request in requests:
+                self.check(request)
+            self.model.prepare(self.ops)
+            for request in requests:
+                sequence = request.samples[0].sequence
+                self._requests[sequence] = request
+                self.scheduler.add(sequence)
+            while self.scheduler.has_work:
+                yield self.step()
+        finally:
+            self._reset()
+            self._lock.release()
+
+    @torch.no_grad()
+    def step(self) -> list[Sample]:
+        """One run of the graph over the scheduled tokens, then one token for every sequence that is due."""
+        works = self.scheduler.plan()
+        now = time.monotonic()
+        for work in works:
+            metrics = self._requests[work.sequence].metrics
+            metrics.started = metrics.started or now
+        hidden_states, last_rows = self._run_graph(works)
+        due = [(work, row) for work, row in zip(works, last_rows, strict=True) if work.samples]
+        if not due:
+            return []
+        logits = self.model.logits(hidden_states[[row for _, row in due]], self.ops)
+        samples: list[Sample] = []
+        rows: list[int] = []
+        for row, (work, _) in enumerate(due):
+            for sample in self._samples_of(work):
+                samples.append(sample)
+                rows.append(row)
+        self._draw(samples, logits[rows])
+        return samples
+
+    def _run_graph(self, works: list[Work]) -> tuple[Tensor, list[int]]:
+        """Hidden states of the scheduled tokens, and each work's last row in them."""
+        chunks = [
+            Chunk(
+                token_ids=work.sequence.token_ids[work.start : work.end],
+                start=work.start,
+                rope_len=work.sequence.prompt_len if work.start < work.sequence.prompt_len else None,
+                pages=work.sequence.pages,
+            )
+            for work in works
+        ]
+        batch = pack(self.ops, self.model.model.rotary, chunks, self.cache.split_size, self.model.device)
+        hidden_states = self.model.model.run(batch, self.cache)
+        last_rows = []
+        first_row = 0
+        for work in works:
+            work.sequence.num_computed = work.end
+            self._score_prompt(work, hidden_states[first_row : first_row + work.end - work.start])
+            first_row += work.end - work.start
+            last_rows.append(first_row - 1)
+        return hidden_states, last_rows
+
+    def _samples_of(self, work: Work) -> list[Sample]:
+        """The samples that take a token from this work; the further ones fork off when the prompt has run."""
+        request, sequence = self._requests[work.sequence], work.sequence
+        if work.start >= sequence.prompt_len:
+            return [sample for sample in request.samples if sample.sequence is sequence]
+        forks, source, target = self.scheduler.fork(sequence)
+        if source:
+            self.cache.copy_pages(self.ops, source, target)
+        for sample, fork in zip(request.samples[1:], forks, strict=True):
+            sample.sequence = fork
+            self._requests[fork] = request
+        return request.samples
+
+    def _draw(self, samples: list[Sample], logits: Tensor) -> None:
+        """Sample one token a row of `logits` [len(samples), vocab_size] and hand it to its sample."""
+        token_ids = self.ops.sample(logits, self._sampling_batch(samples))
+        scored = [row for row, sample in enumerate(samples) if sample.logprobs is not None]
+        logprobs: dict[int, PositionLogprobs] = {}
+        if scored:
+            num_top = max(samples[row].request.sampling.logprobs or 0 for row in scored)
+            positions = self._logprobs(logits[scored], token_ids[scored].clamp(min=0), num_top)
+            logprobs = dict(zip(scored, positions, strict=True))
+        now = time.monotonic()
+        for row, (sample, token_id) in enumerate(zip(samples, token_ids.tolist(), strict=True)):
+            request = sample.request
+            request.metrics.first_token = request.metrics.first_token or now
+            if request.sampling.max_tokens == 0:
+                sample.finish("length")
+            elif token_id < 0:
+                request.error = NonFiniteLogitsError(
+                    f"the logits after token {len(sample.sequence.token_ids)} hold NaN or no finite value; "
+                    "check the weights, or use dtype='float32'"
+                )
+                sample.finish("error")
+            else:
+                if sample.logprobs is not None:
+                    sample.logprobs.append(_cut(logprobs[row], token_id, request.sampling.logprobs or 0))
+                sample.append(token_id)
+            if sample.finish_reason is not None:
+                del self._requests[sample.sequence]
+                self.scheduler.finish(sample.sequence)
+                if all(other.finish_reason is not None for other in request.samples):
+                    request.metrics.finished = now
+
+    def _sampling_batch(self, samples: list[Sample]) -> SamplingBatch:
+        device, vocab_size = self.model.device, self.model.config.vocab_size
+        sampling = [sample.request.sampling for sample in samples]
+
+        def tensor(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        prompt_mask = output_counts = bias = None
+        if any(p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty for p in sampling):
+            counts = [sample.token_counts(vocab_size, device) for sample in samples]
+            prompt_mask = torch.stack([in_prompt for in_prompt, _ in counts])
+            output_counts = torch.stack([generated for _, generated in counts])
+        forbids = [bool(p.stop_token_ids) and not s.may_stop for p, s in zip(sampling, samples, strict=True)]
+        if any(forbids) or any(p.logit_bias for p in sampling):
+            bias = torch.zeros(len(samples), vocab_size, dtype=torch.float32, device=device)
+            for row, params in enumerate(sampling):
+                for token_id, value in params.logit_bias.items():
+                    bias[row, token_id] = value
+                if forbids[row]:
+                    bias[row, sorted(params.stop_token_ids)] = -torch.inf
+        return SamplingBatch(
+            temperature=tensor([p.temperature for p in sampling], torch.float32),
+            top_k=tensor([p.top_k for p in sampling], torch.int32),
+            top_p=tensor([p.top_p for p in sampling], torch.float32),
+            min_p=tensor([p.min_p for p in sampling], torch.float32),
+            repetition_penalty=tensor([p.repetition_penalty for p in sampling], torch.float32),
+            frequency_penalty=tensor([p.frequency_penalty for p in sampling], torch.float32),
+            presence_penalty=tensor([p.presence_penalty for p in sampling], torch.float32),
+            # The bit pattern of an unsigned 64-bit seed.
+            seeds=tensor([p.seed - (1 << 64) if p.seed >> 63 else p.seed for p in sampling], torch.int64),
+            sample_index=tensor([sample.index for sample in samples], torch.int32),
+            position=tensor([len(sample.sequence.token_ids) for sample in samples], torch.int64),
+            prompt_mask=prompt_mask,
+            output_counts=output_counts,
+            bias=bias,
+        )
+
+    def _logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
+        """Each row's chosen token, then its `num_top` most probable ones in order."""
+        chosen, ranks, top_values, top_ids = (t.tolist() for t in self.ops.log_probs(logits, token_ids, num_top))
+        positions = []
+        for row, token_id in enumerate(token_ids.tolist()):
+            position = {token_id: Logprob(chosen[row], ranks[row])}
+            for rank, (top_id, value) in enumerate(zip(top_ids[row], top_values[row], strict=True), start=1):
+                position.setdefault(top_id, Logprob(value, rank))
+            positions.append(position)
+        return positions
+
+    def _score_prompt(self, work: Work, hidden_states: Tensor) -> None:
+        """Log probabilities of the prompt tokens that these positions predict, if they were asked for."""
+        request, sequence = self._requests[work.sequence], work.sequence
+        if request.prompt_logprobs is None or work.start >= sequence.prompt_len:
+            return
+        num_top = request.sampling.prompt_logprobs or 0
+        # The last prompt token predicts no prompt token.
+        for start in range(work.start, min(work.end, sequence.prompt_len - 1), _SCORED_ROWS):
+            end = min(start + _SCORED_ROWS, work.end, sequence.prompt_len - 1)
+            logits = self.model.logits(hidden_states[start - work.start : end - work.start], self.ops)
+            targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=logits.device)
+            request.prompt_logprobs += self._logprobs(logits, targets, num_top)
+
+
+def _cut(position: PositionLogprobs, token_id: int, num_top: int) -> PositionLogprobs:
+    """The chosen token and the `num_top` best; a batch is scored with the largest number that a row wants."""
+    return {other: value for other, value in position.items() if other == token_id or value.rank <= num_top}
+
+
+def _num_pages(model: LlamaLM, max_batch: int, max_seq_len: int, cache_bytes: int | None, page_size: int) -> int:
+    """Pages for max_batch sequences, or as many as the budget holds.
+
+    Raises:
+        OutOfMemoryError: the budget does not hold one sequence of max_seq_len.
+    """
+    page_bytes = PagedKVCache.page_bytes(model.config, page_size, model.dtype)
+    per_sequence = -(-max_seq_len // page_size)
+    budget = _free_bytes(model.device) // 2 if cache_bytes is None else cache_bytes
+    num_pages = budget // page_bytes
+    if num_pages < per_sequence:
+        raise OutOfMemoryError(
+            f"one sequence of max_seq_len={max_seq_len} needs {per_sequence * page_bytes} bytes of cache; there is room "
+            f"for {budget}: use max_seq_len={num_pages * page_size} or less, or raise cache_bytes"
+        )
+    return num_pages if cache_bytes is not None else min(num_pages, max_batch * per_sequence)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        # MemAvailable counts the page cache that can be dropped; SC_AVPHYS_PAGES does not.
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

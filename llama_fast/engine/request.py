@@ -1,0 +1,176 @@
+"""A request and its samples while they run: tokens, text, stop conditions, metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from llama_fast.engine.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestMetrics, RequestOutput
+from llama_fast.engine.sampling import ResolvedSampling
+from llama_fast.engine.scheduler import Sequence
+from llama_fast.errors import LlamaFastError
+from llama_fast.tokenizer import LlamaTokenizer, TokenStream
+
+
+class StoppableText:
+    """Text of a growing list of tokens, ended by the first stop string.
+
+    Text that may turn out to be the beginning of a stop string is held back, so what was handed out is never taken
+    back. Below `min_tokens` stop strings do not end the text; one must lie wholly behind that point.
+    """
+
+    def __init__(self, stream: TokenStream, stop: tuple[str, ...]) -> None:
+        self._stream = stream
+        self._stop = stop
+        self._held = ""
+        self.text = ""
+        self.stop_string: str | None = None
+
+    def push(self, token_id: int, may_stop: bool) -> str:
+        """Add a token; returns the text that is final now and sets `stop_string` if it completed one."""
+        return self._settle(self._stream.push(token_id), may_stop, last=False)
+
+    def finish(self, may_stop: bool) -> str:
+        """No token follows: returns the rest."""
+        return self._settle(self._stream.finish(), may_stop, last=True)
+
+    def _settle(self, piece: str, may_stop: bool, last: bool) -> str:
+        self._held += piece
+        if may_stop:
+            found = [(self._held.find(stop), -len(stop), stop) for stop in self._stop if stop in self._held]
+            if found:
+                start, _, self.stop_string = min(found)
+                return self._emit(start, drop_rest=True)
+        keep = 0 if last or not may_stop else max((self._overlap(stop) for stop in self._stop), default=0)
+        return self._emit(len(self._held) - keep)
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+    def _emit(self, end: int, drop_rest: bool = False) -> str:
+        piece, self._held = self._held[:end], "" if drop_rest else self._held[end:]
+        self.text += piece
+        return piece
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and how to continue it.
+
+    Attributes:
+        prompt: its text, if it was given as text.
+        prompt_token_ids: what the model sees; at least one.
+        sampling: concrete parameters.
+        tokenizer: decodes and finds stop strings; None for ids only.
+        index: which prompt of the call.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sampling: ResolvedSampling
+    tokenizer: LlamaTokenizer | None
+    index: int = 0
+    samples: list[Sample] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    error: LlamaFastError | None = None
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival=time.monotonic()))
+
+    def __post_init__(self) -> None:
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        prompt_len = len(self.prompt_token_ids)
+        first = Sequence(
+            list(self.prompt_token_ids), prompt_len, prompt_len + self.sampling.max_tokens, self.sampling.n
+        )
+        self.samples = [Sample(self, index, first) for index in range(self.sampling.n)]
+
+    def output(self) -> RequestOutput:
+        """What is known by now."""
+        return RequestOutput(
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=[sample.output() for sample in self.samples],
+            metrics=self.metrics,
+            error=self.error,
+        )
+
+
+class Sample:
+    """One continuation of a request's prompt.
+
+    Attributes:
+        sequence: its tokens in the cache; until the prompt has run, that of sample 0.
+        new_text: text that became final in the last step.
+    """
+
+    def __init__(self, request: Request, index: int, sequence: Sequence) -> None:
+        self.request = request
+        self.index = index
+        self.sequence = sequence
+        self.token_ids: list[int] = []
+        self.logprobs: list[PositionLogprobs] | None = [] if request.sampling.logprobs is not None else None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.new_text = ""
+        self._text: StoppableText | None = None
+        if request.tokenizer is not None:
+            stream = request.tokenizer.stream(skip_special_tokens=request.sampling.skip_special_tokens)
+            self._text = StoppableText(stream, request.sampling.stop)
+        self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether `min_tokens` is reached, counting the tokens so far."""
+        return len(self.token_ids) >= self.request.sampling.min_tokens
+
+    def append(self, token_id: int) -> None:
+        """Take a generated token and decide whether the sample ends with it."""
+        sampling = self.request.sampling
+        self.token_ids.append(token_id)
+        self.sequence.token_ids.append(token_id)
+        if self._counts is not None:
+            self._counts[1][token_id] += 1
+        self.new_text = ""
+        if token_id in sampling.stop_token_ids and self.may_stop:
+            self.finish("stop", token_id)
+            return
+        if self._text is not None:
+            self.new_text = self._text.push(token_id, self.may_stop)
+            if self._text.stop_string is not None:
+                self.finish("stop", self._text.stop_string)
+                return
+        if len(self.token_ids) >= sampling.max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End the sample; the text that was held back becomes final."""
+        if self._text is not None and self._text.stop_string is None:
+            self.new_text += self._text.finish(self.may_stop)
+            if self._text.stop_string is not None:
+                reason, stop_reason = "stop", self._text.stop_string
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def token_counts(self, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """For penalties: which ids the prompt has (bool [vocab_size]), how often each was generated (int32 [vocab_size])."""
+        if self._counts is None:
+            in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            in_prompt[self.request.prompt_token_ids] = True
+            generated = torch.tensor(self.token_ids, dtype=torch.int64, device=device)
+            self._counts = in_prompt, torch.bincount(generated, minlength=vocab_size).to(torch.int32)
+        return self._counts
+
+    def output(self) -> CompletionOutput:
+        """What is known by now."""
+        return CompletionOutput(
+            index=self.index,
+            text="" if self._text is None else self._text.text,
+            token_ids=list(self.token_ids),
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )

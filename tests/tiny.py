@@ -1,0 +1,61 @@
+"""A tiny random model and an engine that records the logits it sampled from."""
+
+import torch
+
+from llama_fast.config import LlamaConfig
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.request import Request
+from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
+from llama_fast.model.llama import LlamaLM
+
+
+class RecordingEngine(Engine):
+    """Keeps every row of logits that was sampled from, by request and sample."""
+
+    def _draw(self, samples, logits):
+        for sample, row in zip(samples, logits, strict=True):
+            self.recorded.setdefault((sample.request.index, sample.index), []).append(row.clone())
+        super()._draw(samples, logits)
+
+    def generate(self, requests):
+        """(tokens, logits) of every sample, keyed by (request index, sample index)."""
+        self.recorded = {}
+        for _ in self.run(requests):
+            pass
+        return {
+            (request.index, sample.index): (sample.token_ids, torch.stack(self.recorded[request.index, sample.index]))
+            for request in requests
+            for sample in request.samples
+        }
+
+
+def make_model(dtype=torch.float32, seed=0, **changes):
+    """Odd widths on purpose: 33 intermediate, 97 tokens."""
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 33,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    model = LlamaLM(LlamaConfig(**fields)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.2) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
+    return model.to(dtype)
+
+
+def make_request(model, prompt, index=0, *, max_seq_len=256, defaults=None, tokenizer=None, **params):
+    resolved = SamplingParams(**params).resolve(
+        defaults or GenerationDefaults(),
+        None,
+        prompt_len=len(prompt),
+        max_seq_len=max_seq_len,
+        vocab_size=model.config.vocab_size,
+    )
+    return Request(None, list(prompt), resolved, tokenizer, index)
