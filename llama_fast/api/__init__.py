@@ -1,0 +1,1 @@
+"""The classes of Hugging Face's Llama documentation, over the engine."""

@@ -1,0 +1,214 @@
+"""generate() as on the page: padded tensors in, padded tensors out, over the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fast.config import LlamaConfig
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.request import Request
+from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
+from llama_fast.errors import GenerationInterrupted, RequestError, UnsupportedError
+from llama_fast.model.llama import LlamaLM
+
+# Hugging Face's budget when nothing says how much to generate.
+_DEFAULT_NEW_TOKENS = 20
+
+
+class GeneratingLM(LlamaLM):
+    """A LlamaLM with `generate`.
+
+    Attributes:
+        backend: "auto", "reference", "cpu" or "gpu".
+        generation_defaults: of the checkpoint's generation_config.json.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.backend = "auto"
+        self.generation_defaults = GenerationDefaults()
+        self._engine: Engine | None = None
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        min_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        **unsupported: Any,
+    ) -> Tensor:
+        """Continue every row.
+
+        Arguments that are not given come from generation_config.json, then from the defaults below.
+
+        Args:
+            input_ids: [batch_size, seq_len].
+            attention_mask: [batch_size, seq_len] of 1 and 0, padding on either side. Without one, pad tokens are taken
+                for padding if pad and eos differ, else every token counts.
+            max_new_tokens: most tokens to generate; beats max_length. Default 20, at most to the context's end.
+            max_length: the same counted with the padded prompt.
+            min_new_tokens: eos is forbidden before.
+            do_sample: False for greedy.
+            temperature, top_k, top_p, min_p: for sampling. An unset top_k is off (the page's default is 50).
+            repetition_penalty: over prompt and generated tokens.
+            eos_token_id: one or several ids that end a row.
+            pad_token_id: fills rows that ended; default the first eos.
+            num_return_sequences: samples a row; rows of one prompt stand together.
+            seed: of the whole call; row i uses seed + i. Unset, seeds are drawn from torch's default generator.
+
+        Returns:
+            [batch_size * num_return_sequences, seq_len + longest continuation]: prompts as given, new tokens, padding.
+
+        Raises:
+            RequestError: an argument is invalid.
+            UnsupportedError: an argument of the page that is not supported yet, by name.
+            GenerationInterrupted: Ctrl-C; its `outputs` is the tensor of what was generated so far.
+        """
+        for name, value in unsupported.items():
+            if value is not None:
+                raise UnsupportedError(f"generate({name}=...) is not supported yet")
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise RequestError(f"input_ids must be [batch_size, seq_len], not empty; got {tuple(input_ids.shape)}")
+        defaults = self._call_defaults(do_sample, eos_token_id)
+        pad_token_id = self._pad_token_id(pad_token_id, defaults)
+        mask = self._prompt_mask(input_ids, attention_mask, pad_token_id, defaults)
+        new_tokens = self._new_token_budget(input_ids.shape[1], max_new_tokens, max_length, defaults)
+        # A budget that nobody asked for ends at the context's end; one that was asked for must fit.
+        explicit = max_new_tokens is not None or max_length is not None
+        limit = self.config.max_position_embeddings
+        requests = []
+        for index, (row, kept) in enumerate(zip(input_ids, mask.bool(), strict=True)):
+            prompt_ids = row[kept].tolist()
+            params = SamplingParams(
+                n=num_return_sequences,
+                max_tokens=new_tokens if explicit else min(new_tokens, limit - len(prompt_ids)),
+                min_tokens=min_new_tokens or 0,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=None if seed is None else (seed + index) % (1 << 64),
+            )
+            params = dataclasses.replace(params, temperature=0.0) if not defaults.do_sample else params
+            resolved = params.resolve(
+                defaults,
+                self.config.eos_token_id,
+                prompt_len=len(prompt_ids),
+                max_seq_len=limit,
+                vocab_size=self.config.vocab_size,
+            )
+            requests.append(Request(None, prompt_ids, resolved, None, index))
+
+        steps = self._engine_for(requests).run(requests)
+        try:
+            for _ in steps:
+                pass
+        except KeyboardInterrupt as interrupt:
+            steps.close()
+            raise GenerationInterrupted(_padded(input_ids, requests, pad_token_id)) from interrupt
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return _padded(input_ids, requests, pad_token_id)
+
+    def _call_defaults(self, do_sample: bool | None, eos_token_id: int | Sequence[int] | None) -> GenerationDefaults:
+        changes: dict[str, Any] = {}
+        if do_sample is not None:
+            changes["do_sample"] = do_sample
+        if eos_token_id is not None:
+            changes["eos_token_id"] = eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id)
+        return dataclasses.replace(self.generation_defaults, **changes)
+
+    def _pad_token_id(self, given: int | None, defaults: GenerationDefaults) -> int:
+        for candidate in (given, defaults.pad_token_id, self.config.pad_token_id):
+            if candidate is not None:
+                return candidate
+        eos = defaults.eos_token_id if defaults.eos_token_id is not None else self.config.eos_token_id
+        first = eos[0] if isinstance(eos, list) else eos
+        return 0 if first is None else first
+
+    def _prompt_mask(
+        self, input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int, defaults: GenerationDefaults
+    ) -> Tensor:
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                shapes = f"{tuple(attention_mask.shape)}; input_ids is {tuple(input_ids.shape)}"
+                raise RequestError(f"attention_mask has shape {shapes}")
+            return attention_mask
+        eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
+        has_padding = bool((input_ids == pad_token_id).any())
+        if has_padding and pad_token_id not in eos:
+            return input_ids != pad_token_id
+        if has_padding and input_ids.shape[0] > 1:
+            warnings.warn(
+                "pad_token_id is an eos token and occurs in input_ids; every token counts as text: pass attention_mask",
+                stacklevel=3,
+            )
+        return torch.ones_like(input_ids)
+
+    def _new_token_budget(
+        self, seq_len: int, max_new_tokens: int | None, max_length: int | None, defaults: GenerationDefaults
+    ) -> int:
+        if max_new_tokens is not None:
+            return max_new_tokens
+        if max_length is None and defaults.max_new_tokens is not None:
+            return defaults.max_new_tokens
+        max_length = defaults.max_length if max_length is None else max_length
+        if max_length is None:
+            warnings.warn(
+                f"neither max_new_tokens nor max_length is given: generating at most {_DEFAULT_NEW_TOKENS} tokens",
+                stacklevel=3,
+            )
+            return _DEFAULT_NEW_TOKENS
+        if seq_len >= max_length:
+            raise RequestError(
+                f"input_ids has {seq_len} tokens, max_length={max_length}; raise it or use max_new_tokens"
+            )
+        return max_length - seq_len
+
+    def _engine_for(self, requests: list[Request]) -> Engine:
+        """The model's engine; rebuilt only when a call needs more than it has, or the weights moved."""
+        max_batch = max(16, sum(request.sampling.n for request in requests))
+        max_seq_len = max(request.samples[0].sequence.max_len for request in requests)
+        engine = self._engine
+        if (
+            engine is None
+            or engine.max_batch < max_batch
+            or engine.max_seq_len < max_seq_len
+            or engine.cache.pool.dtype != self.dtype
+            or engine.cache.pool.device != self.device
+        ):
+            if engine is not None:
+                max_batch, max_seq_len = max(max_batch, engine.max_batch), max(max_seq_len, engine.max_seq_len)
+            self._engine = None  # free the old cache before the new one is made
+            engine = self._engine = Engine(self, backend=self.backend, max_batch=max_batch, max_seq_len=max_seq_len)
+        return engine
+
+
+def _padded(input_ids: Tensor, requests: list[Request], pad_token_id: int) -> Tensor:
+    samples = [sample for request in requests for sample in request.samples]
+    longest = max((len(sample.token_ids) for sample in samples), default=0)
+    new = input_ids.new_full((len(samples), longest), pad_token_id)
+    for row, sample in enumerate(samples):
+        new[row, : len(sample.token_ids)] = torch.tensor(sample.token_ids, dtype=new.dtype)
+    copies = len(samples) // max(1, len(requests))
+    return torch.cat((input_ids.repeat_interleave(copies, dim=0), new), dim=1)
