@@ -35,6 +35,10 @@ class GeneratingLM(LlamaLM):
         self.generation_defaults = GenerationDefaults()
         self._engine: Engine | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model makes an engine of its own.
+        return {**self.__dict__, "_engine": None}
+
     def generate(
         self,
         input_ids: Tensor,

@@ -34,11 +34,6 @@ class LlamaForCausalLM(GeneratingLM):
     gradients (call `requires_grad_()` to fine-tune) and share their pages with the file until they are written.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        if self.device.type != "meta":
-            self.init_weights()
-
     @classmethod
     def from_pretrained(
         cls,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Generator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llama_fast.engine.memory import cache_pages
 from llama_fast.engine.outputs import Logprob, PositionLogprobs
 from llama_fast.engine.request import Request, Sample
 from llama_fast.engine.scheduler import Scheduler, Work
-from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, OutOfMemoryError, RequestError
+from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, RequestError
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
@@ -71,10 +70,10 @@ class Engine:
         self.ops = select_backend(backend, model.device)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        num_pages = _num_pages(model, max_batch, self.max_seq_len, cache_bytes, page_size)
+        pages = cache_pages(model, max_batch, self.max_seq_len, cache_bytes, page_size)
         self.cache = PagedKVCache(
             model.config,
-            num_pages,
+            pages,
             page_size=page_size,
             split_size=split_size,
             dtype=model.dtype,
@@ -106,7 +105,8 @@ class Engine:
         length = len(prompt_ids) + sampling.max_tokens
         if length > self.max_seq_len:
             raise ContextLengthError(
-                f"{len(prompt_ids)} prompt tokens + max_tokens={sampling.max_tokens} exceed max_seq_len={self.max_seq_len}"
+                f"{len(prompt_ids)} prompt tokens + max_tokens={sampling.max_tokens} "
+                f"exceed max_seq_len={self.max_seq_len}"
             )
         needed = self.scheduler.pages_needed(request.samples[0].sequence)
         if needed > self.cache.num_pages:
@@ -292,32 +292,3 @@ class Engine:
 def _cut(position: PositionLogprobs, token_id: int, num_top: int) -> PositionLogprobs:
     """The chosen token and the `num_top` best; a batch is scored with the largest number that a row wants."""
     return {other: value for other, value in position.items() if other == token_id or value.rank <= num_top}
-
-
-def _num_pages(model: LlamaLM, max_batch: int, max_seq_len: int, cache_bytes: int | None, page_size: int) -> int:
-    """Pages for max_batch sequences, or as many as the budget holds.
-
-    Raises:
-        OutOfMemoryError: the budget does not hold one sequence of max_seq_len.
-    """
-    page_bytes = PagedKVCache.page_bytes(model.config, page_size, model.dtype)
-    per_sequence = -(-max_seq_len // page_size)
-    budget = _free_bytes(model.device) // 2 if cache_bytes is None else cache_bytes
-    num_pages = budget // page_bytes
-    if num_pages < per_sequence:
-        raise OutOfMemoryError(
-            f"one sequence of max_seq_len={max_seq_len} needs {per_sequence * page_bytes} bytes of cache; there is room "
-            f"for {budget}: use max_seq_len={num_pages * page_size} or less, or raise cache_bytes"
-        )
-    return num_pages if cache_bytes is not None else min(num_pages, max_batch * per_sequence)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        # MemAvailable counts the page cache that can be dropped; SC_AVPHYS_PAGES does not.
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

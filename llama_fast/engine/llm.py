@@ -42,7 +42,8 @@ class LLM:
         revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
     Raises:
-        ConfigError, CheckpointError, TokenizerFileError, UnsupportedError, BackendError, OutOfMemoryError, RequestError.
+        ConfigError, CheckpointError, TokenizerFileError: a file of the folder is wrong.
+        UnsupportedError, BackendError, OutOfMemoryError, RequestError: an argument is.
     """
 
     def __init__(

@@ -156,7 +156,7 @@ class Sample:
         self.finish_reason, self.stop_reason = reason, stop_reason
 
     def token_counts(self, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For penalties: which ids the prompt has (bool [vocab_size]), how often each was generated (int32 [vocab_size])."""
+        """For penalties, [vocab_size] each: which ids the prompt has (bool), how often each was generated (int32)."""
         if self._counts is None:
             in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             in_prompt[self.request.prompt_token_ids] = True

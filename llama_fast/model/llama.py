@@ -18,6 +18,23 @@ from llama_fast.model.kv_cache import LayerPages, PagedKVCache
 from llama_fast.model.rope import RotaryEmbedding
 
 
+class Linear(nn.Linear):
+    """nn.Linear whose weights come from a checkpoint or `init_weights`.
+
+    PyTorch's own initialisation would be thrown away, and on the meta device it costs a second of imports.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they are."""
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they are."""
+
+
 class RMSNorm(nn.Module):
     """Parameters of a root-mean-square norm: weight [hidden_size] and eps."""
 
@@ -34,10 +51,10 @@ class Attention(nn.Module):
         super().__init__()
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
 
 class MLP(nn.Module):
@@ -45,9 +62,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
 
 class DecoderLayer(nn.Module):
@@ -84,7 +101,7 @@ class LlamaDecoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
@@ -101,7 +118,7 @@ class LlamaLM(nn.Module):
     """The decoder and its LM head; parameters carry the checkpoint's names.
 
     Args:
-        config: the model's configuration.
+        config: the model's configuration. Weights are random (see `init_weights`), or absent on the meta device.
     """
 
     decoder_class: type[LlamaDecoder] = LlamaDecoder
@@ -110,10 +127,12 @@ class LlamaLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = self.decoder_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._prepared: tuple | None = None
+        if self.device.type != "meta":
+            self.init_weights()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +156,7 @@ class LlamaLM(nn.Module):
 
     def prepare(self, ops: ModuleType) -> None:
         """Make the backend's weights anew if a parameter or the backend changed since the last call."""
-        state = (ops, [(id(p), p.data_ptr(), p._version) for p in self.parameters()])
+        state = (ops.__name__, [(id(p), p.data_ptr(), p._version) for p in self.parameters()])
         if state == self._prepared:
             return
         for layer in self.model.layers:

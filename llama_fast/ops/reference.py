@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.ops.activations import ACTIVATIONS, Activation
+from llama_fast.ops.reference_attention import attention
 from llama_fast.ops.reference_sample import log_probs, sample
-from llama_fast.ops.rows import MATMUL_MULTIPLE, ROW_BLOCK, elementwise, in_row_blocks, needs_grad, pad_last
+from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -46,8 +47,6 @@ __all__ = [
 # A token gets the same bits as prompt and as generated token, so both may share a launch and their pages.
 PREFILL_EQUALS_DECODE = True
 
-# Finite, so that a fully masked split gives exp(0), not NaN, before its mask makes it zero.
-_MASKED = -1e30
 # Rows of the LM head widened to fp32 at a time: 4096 x 4096 is 64 MiB.
 _HEAD_CHUNK = 4096
 
@@ -79,10 +78,6 @@ def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | No
     return LinearWeight(tuple(LinearPart(part.weight, part.bias) for part in parts), function)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # --- primitives ------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +95,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
 
     def norm(rows: Tensor) -> Tensor:
-        wide = _widen(rows)
+        wide = widen(rows)
         scaled = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
         return weight * scaled.to(rows.dtype)
 
@@ -136,14 +131,14 @@ def silu_mul(gate_up: Tensor, activation: Activation = F.silu) -> Tensor:
 
     Source: SwiGLU, arXiv:2002.05202.
     """
-    gate, up = _widen(gate_up).chunk(2, dim=-1)
+    gate, up = widen(gate_up).chunk(2, dim=-1)
     return (elementwise(activation, gate) * up).to(gate_up.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rotary_dim dims of x [num_tokens, heads, head_dim]; pairs are (i, i + rotary_dim / 2)."""
     rotary_dim = cos.shape[-1]
-    wide = _widen(x)
+    wide = widen(x)
     rotated, rest = wide[..., :rotary_dim], wide[..., rotary_dim:]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
@@ -173,106 +168,6 @@ def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPa
         pages.k[page, :, offset] = k
         pages.v[page, :, offset] = v
     return q
-
-
-def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
-    """Causal grouped-query attention over the paged cache: token at slot s sees slots 0..s of its sequence.
-
-    Each split of `batch.split_size` slots gets a softmax of its own (max, sum, accumulator, in fp32); splits are merged
-    in ascending order. A row's order of summation depends on its slot alone. Slots past a sequence's length are never
-    read as numbers, so stale cache contents are harmless.
-
-    Args:
-        q: [num_tokens, num_heads, head_dim], rotated.
-
-    Returns:
-        [num_tokens, num_heads * head_dim] in q's dtype.
-
-    Source: FlashAttention, arXiv:2205.14135; split merge as in Flash-Decoding.
-    """
-    if needs_grad(q, pages.k, pages.v):
-        return _attention_dense(q, pages, batch)
-    out = torch.empty_like(q)
-    starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
-    for sequence, length in enumerate(lengths):
-        splits = _gather_splits(pages, batch.page_table[sequence], length, batch.split_size)
-        for start in range(starts[sequence], starts[sequence + 1], ROW_BLOCK):
-            rows = slice(start, min(start + ROW_BLOCK, starts[sequence + 1]))
-            out[rows] = _attend_rows(q[rows], batch.slots[rows], splits)
-    return out.flatten(1)
-
-
-def _gather_splits(pages: LayerPages, page_table: Tensor, length: int, split_size: int) -> list[tuple[Tensor, Tensor]]:
-    """A sequence's K and V, one contiguous [num_kv_heads, split_size, padded head_dim] pair a split, zeros past length."""
-    pages_per_split = split_size // pages.page_size
-    splits = []
-    for first_slot in range(0, length, split_size):
-        first_page = first_slot // pages.page_size
-        table = page_table[first_page : first_page + pages_per_split]
-        table = F.pad(table, (0, pages_per_split - table.shape[0]))
-        valid = (torch.arange(split_size, device=table.device) + first_slot < length)[None, :, None]
-        gathered = []
-        for source in (pages.k, pages.v):
-            heads_first = source[table].transpose(0, 1).reshape(source.shape[1], split_size, source.shape[3])
-            gathered.append(pad_last(_widen(heads_first.masked_fill(~valid, 0)), MATMUL_MULTIPLE))
-        splits.append((gathered[0], gathered[1]))
-    return splits
-
-
-def _attend_rows(q: Tensor, slots: Tensor, splits: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Up to ROW_BLOCK queries [rows, num_heads, head_dim] of one sequence against its splits; shape of q."""
-    rows, num_heads, head_dim = q.shape
-    num_kv_heads, split_size, _ = splits[0][0].shape
-    group = num_heads // num_kv_heads
-    # Scaling q in fp32 instead of the scores saves a pass; padded rows sit at slot -1 and see nothing.
-    block = F.pad(pad_last(_widen(q) * head_dim**-0.5, MATMUL_MULTIPLE), (0, 0, 0, 0, 0, ROW_BLOCK - rows))
-    block = (
-        block.view(ROW_BLOCK, num_kv_heads, group, -1).permute(1, 2, 0, 3).reshape(num_kv_heads, group * ROW_BLOCK, -1)
-    )
-    last_visible = F.pad(slots, (0, ROW_BLOCK - rows), value=-1).repeat(group)[None, :, None]
-
-    running_max = block.new_full((num_kv_heads, group * ROW_BLOCK, 1), _MASKED)
-    running_sum = torch.zeros_like(running_max)
-    accumulator = torch.zeros_like(block)
-    for index in range(int(slots.max()) // split_size + 1):
-        keys, values = splits[index]
-        hidden = torch.arange(split_size, device=slots.device) + index * split_size > last_visible
-        scores = torch.bmm(block, keys.transpose(1, 2)).masked_fill(hidden, _MASKED)
-        split_max = scores.amax(-1, keepdim=True)
-        weights = elementwise(torch.exp, scores - split_max).masked_fill(hidden, 0)
-        new_max = torch.maximum(running_max, split_max)
-        keep, add = elementwise(torch.exp, running_max - new_max), elementwise(torch.exp, split_max - new_max)
-        running_sum = running_sum * keep + weights.sum(-1, keepdim=True) * add
-        accumulator = accumulator * keep + torch.bmm(weights, values) * add
-        running_max = new_max
-    # Padded rows have seen nothing: 0 / 1, not 0 / 0.
-    out = accumulator / running_sum.masked_fill(running_sum == 0, 1)
-    out = out.view(num_kv_heads, group, ROW_BLOCK, -1).permute(2, 0, 1, 3).reshape(ROW_BLOCK, num_heads, -1)
-    return out[:rows, :, :head_dim].to(q.dtype)
-
-
-def _attention_dense(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
-    """The same attention under autograd: all sequences padded to the longest, one masked call."""
-    num_seqs, table_width = batch.page_table.shape
-    query_lens = batch.query_starts.diff()
-    longest = int(query_lens.max())
-    column = torch.arange(q.shape[0], device=q.device) - batch.query_starts[batch.seq_ids]
-    queries = q.new_zeros(num_seqs, longest, *q.shape[1:]).index_put((batch.seq_ids, column), q)
-    slots = batch.slots.new_full((num_seqs, longest), -1).index_put((batch.seq_ids, column), batch.slots)
-
-    # Stale slots are zeroed, not only masked: 0 * NaN is NaN.
-    num_slots = table_width * pages.page_size
-    slot = torch.arange(num_slots, device=q.device)
-    filled = (slot < batch.seq_lens[:, None])[:, None, :, None]
-    keys, values = (
-        source[batch.page_table].transpose(1, 2).flatten(2, 3).masked_fill(~filled, 0) for source in (pages.k, pages.v)
-    )
-    # Padded rows see slot 0: their result is dropped, and a row that sees nothing would give NaN gradients.
-    visible = slot <= slots.clamp(min=0)[:, :, None]
-    attended = F.scaled_dot_product_attention(
-        queries.transpose(1, 2), keys, values, attn_mask=visible[:, None], enable_gqa=True
-    )
-    return attended.transpose(1, 2)[batch.seq_ids, column].flatten(1)
 
 
 def copy_pages(pool: Tensor, source: Sequence[int], target: Sequence[int]) -> None:
@@ -313,7 +208,7 @@ def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
 
     The normed hidden state is rounded to the activation dtype; products are summed and kept in fp32.
     """
-    hidden_states = _widen(rms_norm(x, norm.weight, norm.eps))
+    hidden_states = widen(rms_norm(x, norm.weight, norm.eps))
     (part,) = lm_head.parts
     if needs_grad(hidden_states, part.weight) or part.weight.dtype == hidden_states.dtype:
         return _matmul(hidden_states, part.weight.to(hidden_states.dtype), part.bias)

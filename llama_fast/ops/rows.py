@@ -25,6 +25,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that sums are taken in: fp32, or fp64 for fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pad_last(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """`x` with its last dimension zero-padded to a multiple; `x` itself where it already is one."""
     missing = -x.shape[-1] % multiple

@@ -1,0 +1,114 @@
+"""What every bench shares: the bandwidth that sets the bound, summaries of samples, and the line of JSON at the end."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and spread of repeated measurements, in the unit of the samples."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Summary":
+        """Of at least one sample; between two samples the quantiles are interpolated."""
+        p10, median, p90 = torch.tensor(samples, dtype=torch.float64).quantile(
+            torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+        )
+        return cls(median.item(), p10.item(), p90.item())
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def read_bandwidth(num_bytes: int = 2**29, repeats: int = 5) -> float:
+    """Bytes per second at which this machine reads `num_bytes` of memory: the denominator of memory bounds.
+
+    The best of `repeats` reductions over one buffer, with one thread and with all of torch's, since either can win:
+    a bound must not be beaten. Take a buffer well beyond the last-level cache.
+    """
+    buffer = torch.ones(num_bytes, dtype=torch.uint8)
+    num_threads = torch.get_num_threads()
+    best = float("inf")
+    try:
+        for threads in {1, num_threads}:
+            torch.set_num_threads(threads)
+            best = min(best, *(seconds(lambda: read_every_byte(buffer)) for _ in range(repeats)))
+    finally:
+        torch.set_num_threads(num_threads)
+    return num_bytes / best
+
+
+def read_every_byte(tensor: torch.Tensor) -> None:
+    """Read a contiguous tensor from memory once, whatever its dtype, at the speed of the memory."""
+    if tensor.numel():
+        tensor.view(torch.uint8).amax()
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a result was measured: device, threads, commit and versions."""
+    return {
+        "device": _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": _version("safetensors"),
+            "llama_fast": _version("llama-fast"),
+        },
+    }
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The bench's last line: `result` and the environment as one JSON object; summaries become objects."""
+    print(json.dumps({**result, **environment()}, default=asdict))
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checkout's commit, marked `-dirty` when files differ from it; "unknown" outside a checkout."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return git.stdout.strip()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
