@@ -13,7 +13,6 @@ from torch import Tensor
 
 from llama_fast.api.generation import GeneratingLM
 from llama_fast.api.outputs import CausalLMOutputWithPast
-from llama_fast.config import LlamaConfig
 from llama_fast.engine.sampling import GenerationDefaults
 from llama_fast.errors import RequestError, UnsupportedError
 from llama_fast.model.batch import Batch

@@ -101,10 +101,11 @@ class LlamaDecoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        # First, because it validates the configuration: ConfigError before torch complains of a shape.
+        self.rotary = RotaryEmbedding(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config)
 
     def run(self, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Hidden states [num_tokens, hidden_size] after the last layer, before the final norm; fills the cache."""
