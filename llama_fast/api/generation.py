@@ -89,21 +89,21 @@ class GeneratingLM(LlamaLM):
         for name, value in unsupported.items():
             if value is not None:
                 raise UnsupportedError(f"generate({name}=...) is not supported yet")
-        if input_ids.ndim != 2 or not input_ids.shape[1]:
+        if input_ids.ndim != 2 or not input_ids.numel():
             raise RequestError(f"input_ids must be [batch_size, seq_len], not empty; got {tuple(input_ids.shape)}")
         defaults = self._call_defaults(do_sample, eos_token_id)
         pad_token_id = self._pad_token_id(pad_token_id, defaults)
         mask = self._prompt_mask(input_ids, attention_mask, pad_token_id, defaults)
         new_tokens = self._new_token_budget(input_ids.shape[1], max_new_tokens, max_length, defaults)
-        # A budget that nobody asked for ends at the context's end; one that was asked for must fit.
+        # A budget that nobody asked for ends with the context; one that was asked for may go beyond, with a warning.
         explicit = max_new_tokens is not None or max_length is not None
-        limit = self.config.max_position_embeddings
+        limit = self.model.rotary.context_len
         requests = []
         for index, (row, kept) in enumerate(zip(input_ids, mask.bool(), strict=True)):
             prompt_ids = row[kept].tolist()
             params = SamplingParams(
                 n=num_return_sequences,
-                max_tokens=new_tokens if explicit else min(new_tokens, limit - len(prompt_ids)),
+                max_tokens=new_tokens if explicit else min(new_tokens, max(1, limit - len(prompt_ids))),
                 min_tokens=min_new_tokens or 0,
                 temperature=temperature,
                 top_k=top_k,
@@ -117,7 +117,7 @@ class GeneratingLM(LlamaLM):
                 defaults,
                 self.config.eos_token_id,
                 prompt_len=len(prompt_ids),
-                max_seq_len=limit,
+                max_seq_len=max(limit, len(prompt_ids) + new_tokens) if explicit else limit,
                 vocab_size=self.config.vocab_size,
             )
             requests.append(Request(None, prompt_ids, resolved, None, index))
@@ -142,13 +142,15 @@ class GeneratingLM(LlamaLM):
             changes["eos_token_id"] = eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id)
         return dataclasses.replace(self.generation_defaults, **changes)
 
+    def _eos_token_ids(self, defaults: GenerationDefaults) -> list[int]:
+        eos = self.config.eos_token_id if defaults.eos_token_id is None else defaults.eos_token_id
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
     def _pad_token_id(self, given: int | None, defaults: GenerationDefaults) -> int:
-        for candidate in (given, defaults.pad_token_id, self.config.pad_token_id):
+        for candidate in (given, defaults.pad_token_id, self.config.pad_token_id, *self._eos_token_ids(defaults)):
             if candidate is not None:
                 return candidate
-        eos = defaults.eos_token_id if defaults.eos_token_id is not None else self.config.eos_token_id
-        first = eos[0] if isinstance(eos, list) else eos
-        return 0 if first is None else first
+        return 0
 
     def _prompt_mask(
         self, input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int, defaults: GenerationDefaults
@@ -158,9 +160,8 @@ class GeneratingLM(LlamaLM):
                 shapes = f"{tuple(attention_mask.shape)}; input_ids is {tuple(input_ids.shape)}"
                 raise RequestError(f"attention_mask has shape {shapes}")
             return attention_mask
-        eos = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
         has_padding = bool((input_ids == pad_token_id).any())
-        if has_padding and pad_token_id not in eos:
+        if has_padding and pad_token_id not in self._eos_token_ids(defaults):
             return input_ids != pad_token_id
         if has_padding and input_ids.shape[0] > 1:
             warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -20,6 +21,8 @@ from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
 from llama_fast.ops.reference_sample import SamplingBatch
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MAX_BATCH = 16
 DEFAULT_PREFILL_CHUNK = 512
 # Prompt positions whose logits are in memory at once while prompts are scored.
@@ -36,7 +39,8 @@ class Engine:
         model: its weights, device and dtype.
         backend: "auto", "reference", "cpu" or "gpu".
         max_batch: samples that run at once; default 16, fewer if memory is short.
-        max_seq_len: tokens of one sample, prompt included; default the model's max_position_embeddings.
+        max_seq_len: tokens of one sample, prompt included; default what the model is made for (its
+            max_position_embeddings, times the factor of dynamic RoPE). More is allowed with a warning.
         cache_bytes: size of the KV cache; default what max_batch sequences of max_seq_len need, at most half of the
             memory that is free.
         page_size, split_size: of the cache (see kv_cache.py); split_size is part of every result's bits.
@@ -62,10 +66,12 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("page_size", page_size)):
             if not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name}={value!r} must be a positive integer")
-        limit = model.config.max_position_embeddings
-        self.max_seq_len = limit if max_seq_len is None else max_seq_len
-        if not 1 <= self.max_seq_len <= limit:
-            raise RequestError(f"max_seq_len={max_seq_len} must be 1 to max_position_embeddings={limit}")
+        context_len = model.model.rotary.context_len
+        self.max_seq_len = context_len if max_seq_len is None else max_seq_len
+        if not isinstance(self.max_seq_len, int) or self.max_seq_len < 1:
+            raise RequestError(f"max_seq_len={max_seq_len!r} must be a positive integer")
+        if self.max_seq_len > context_len:
+            logger.warning("max_seq_len=%d goes beyond the %d tokens the model is made for", max_seq_len, context_len)
         self.model = model
         self.ops = select_backend(backend, model.device)
         self.max_batch = max_batch

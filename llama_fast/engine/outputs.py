@@ -29,7 +29,7 @@ class CompletionOutput:
 
     Attributes:
         index: sample index, 0 .. n-1.
-        text: decoded text without the stop token or stop string.
+        text: what the generated tokens add to the decoded prompt, without the stop token or stop string.
         token_ids: all generated ids, the stop token included.
         logprobs: one entry a generated token if `logprobs` was asked for, of the raw distribution (before penalties,
             bias, temperature and filters), else None.

@@ -15,12 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from llama_fast.config import LlamaConfig
 from llama_fast.engine.llm import LLM
 from llama_fast.engine.sampling import SamplingParams
 from llama_fast.errors import NonFiniteLogitsError, RequestError
+from llama_fast.model.checkpoint import find_folder
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -47,6 +51,13 @@ class PerplexityResult:
     context: int
     stride: int
 
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.4f} per token, {self.bits_per_byte:.4f} bits per byte\n"
+            f"{self.num_tokens} tokens scored, {self.num_bytes} bytes; {self.num_windows} windows of {self.context} "
+            f"tokens, stride {self.stride}"
+        )
+
 
 @dataclass(frozen=True)
 class _Window:
@@ -54,6 +65,22 @@ class _Window:
 
     token_ids: list[int]
     first_scored: int
+
+
+def load_for_perplexity(model: str | Path, context: int | None = None, **options: Any) -> LLM:
+    """An LLM with a cache for windows of `context` tokens only; the model's whole context may need far more.
+
+    Args:
+        model: checkpoint folder or hub id.
+        context: as in `perplexity`.
+        options: further arguments of `LLM`.
+
+    Raises:
+        RequestError: the model is not made for `context` tokens. Others: see `LLM`.
+    """
+    folder = find_folder(model)
+    limit = LlamaConfig.from_pretrained(folder).max_position_embeddings
+    return LLM(folder, max_seq_len=min(limit, MAX_DEFAULT_CONTEXT) if context is None else context, **options)
 
 
 def perplexity(
@@ -70,7 +97,8 @@ def perplexity(
         llm: the model; its `max_batch` windows run at once.
         text: at least one token, two if the tokenizer adds no bos token.
         context: tokens of a window, 2 to the engine's max_seq_len. Default: max_seq_len, at most 2048.
-        stride: text tokens from one window's start to the next one's, 1 to context - 1. Default: context - 1, no overlap.
+        stride: text tokens from one window's start to the next one's, 1 to context - 1. Default: context - 1, which
+            overlaps nothing.
         show_progress: a bar over the tokens on stderr; None shows it on a terminal.
 
     Raises:

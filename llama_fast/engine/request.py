@@ -120,6 +120,9 @@ class Sample:
         self._text: StoppableText | None = None
         if request.tokenizer is not None:
             stream = request.tokenizer.stream(skip_special_tokens=request.sampling.skip_special_tokens)
+            # A SentencePiece decoder drops the space before a text's first word: the text goes on from the prompt's.
+            for token_id in request.prompt_token_ids:
+                stream.push(token_id)
             self._text = StoppableText(stream, request.sampling.stop)
         self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -68,6 +68,8 @@ class RotaryEmbedding:
         self._max_len = config.max_position_embeddings
         self._original_len = params.get("original_max_position_embeddings") or self._max_len
         self._factor = params.get("factor", 1.0)
+        # What the model is made for: dynamic starts to scale beyond max_position_embeddings, the others count up to it.
+        self.context_len = int(self._max_len * self._factor) if self.rope_type == "dynamic" else self._max_len
 
         # On the CPU in fp32 whatever the default device and dtype are: models are built on the meta device.
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
