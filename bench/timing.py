@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +62,17 @@ def read_every_byte(tensor: torch.Tensor) -> None:
     """Read a contiguous tensor from memory once, whatever its dtype, at the speed of the memory."""
     if tensor.numel():
         tensor.view(torch.uint8).amax()
+
+
+def linear_flops(dtype: torch.dtype, width: int = 1024, repeats: int = 5) -> float:
+    """FLOPs per second of F.linear on 512 rows of `width` in and out: the denominator of compute bounds.
+
+    The best of `repeats` calls after one that warms up, with all of torch's threads. Take a width at which the
+    multiplication, not the call, takes the time.
+    """
+    x, weight = torch.ones(512, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    best = min([seconds(lambda: F.linear(x, weight)) for _ in range(repeats + 1)][1:])
+    return 2 * x.shape[0] * weight.numel() / best
 
 
 def environment() -> dict[str, Any]:

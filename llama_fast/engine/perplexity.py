@@ -76,7 +76,7 @@ def load_for_perplexity(model: str | Path, context: int | None = None, **options
         options: further arguments of `LLM`.
 
     Raises:
-        RequestError: the model is not made for `context` tokens. Others: see `LLM`.
+        As `LLM` does.
     """
     folder = find_folder(model)
     limit = LlamaConfig.from_pretrained(folder).max_position_embeddings

@@ -1,0 +1,291 @@
+"""The command `llama-fast`: one function a subcommand.
+
+Results go to stdout in UTF-8, everything else to stderr. Exit status: 0 done, 2 wrong usage, 130 interrupted (Ctrl-C),
+141 the reader of stdout went away, 1 any other error, told in one line; LLAMA_FAST_TRACEBACK=1 shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_fast import __version__
+from llama_fast.errors import GenerationInterrupted, LlamaFastError, NonFiniteLogitsError, RequestError
+
+if TYPE_CHECKING:
+    from llama_fast.engine.llm import LLM
+    from llama_fast.engine.outputs import FinishReason, RequestOutput
+    from llama_fast.engine.sampling import SamplingParams
+
+_INTERRUPTED = 130  # 128 + SIGINT
+
+_EXAMPLES = """examples:
+  llama-fast generate "Once upon a time"
+  llama-fast perplexity ./Llama-3.2-1B text.txt
+  llama-fast generate --help      all its options, more examples"""
+
+_GENERATE_EXAMPLES = """examples:
+  llama-fast generate "Once upon a time"                a story from the bundled demo model
+  llama-fast generate "The little dog" --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 100
+  llama-fast generate --model ./Llama-3.2-1B --file prompt.txt --stop $'\\n\\n'
+  echo "The capital of France is" | llama-fast generate --model ./Llama-3.2-1B --quiet
+  llama-fast generate "Once upon a time" -n 3 --temperature 1 --json | jq -r '.outputs[].text'"""
+
+_PERPLEXITY_EXAMPLES = """examples:
+  llama-fast perplexity ./Llama-3.2-1B text.txt
+  llama-fast perplexity ./Llama-3.2-1B text.txt --context 1024 --stride 512
+  cat *.md | llama-fast perplexity ./Llama-3.2-1B - --json"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (argparse raises SystemExit for wrong usage and --help)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # also where the locale is C
+    args = _parser().parse_args(argv)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("llama-fast: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at exit
+        return 141  # 128 + SIGPIPE
+    except (LlamaFastError, OSError) as error:
+        if os.environ.get("LLAMA_FAST_TRACEBACK") == "1":
+            raise
+        message = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
+        print(f"llama-fast: error: {message}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama-fast",
+        description="Llama inference with one answer: the same prompt, parameters and seed give the same tokens.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llama-fast {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(run: Callable[[argparse.Namespace], int], usage: str, description: str, epilog: str) -> Any:
+        command = commands.add_parser(
+            usage.split()[0],
+            usage=f"llama-fast {usage}",
+            help=description.partition(".")[0],
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run, usage_error=command.error)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument("--quiet", action="store_true", help="nothing on stderr but errors and warnings")
+        command.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
+        command.add_argument("--dtype", help="bfloat16, float16, float32 or float64 (default: the model's)")
+        command.add_argument("--backend", default="auto", help="auto, reference, cpu or gpu (default: %(default)s)")
+        return command
+
+    _add_generate(add)
+    _add_perplexity(add)
+    return parser
+
+
+def _add_generate(add: Callable[..., Any]) -> None:
+    command = add(
+        _generate,
+        "generate [PROMPT] [options]",
+        "Continue a prompt. Text is printed as it becomes final; a last line on stderr tells tokens and times.\n"
+        "A line break at the end of a prompt from a file or stdin is dropped.",
+        _GENERATE_EXAMPLES,
+    )
+    command.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; - or none: read stdin")
+    command.add_argument("--file", help="file with the prompt; - is stdin")
+    command.add_argument("--model", help="checkpoint folder or hub id owner/name (default: the bundled demo model)")
+    command.add_argument("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together")
+    command.add_argument("--no-echo", action="store_true", help="print the continuation without its prompt")
+    # Destinations are the fields of SamplingParams.
+    group = command.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: to the context's end)")
+    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end before this many new tokens")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that hold mass P")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most probable one")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: less of prompt and answer")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="per occurrence in the answer")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="once if in the answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    group.add_argument("--seed", type=int, help="makes sampling repeatable (default: random; the last line tells it)")
+    group.add_argument("-n", "--num-samples", dest="n", type=int, default=1, metavar="N", help="how many continuations")
+    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log probabilities, also of the N best")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from llama_fast.engine.sampling import SamplingParams
+
+    given = (args.prompt is not None) + (args.file is not None)
+    if given == 2 or (given == 0 and sys.stdin.isatty()):
+        args.usage_error("give one prompt: as PROMPT, in --file FILE, or on stdin")
+    if args.logprobs is not None and not args.json:
+        args.usage_error("--logprobs is shown in JSON only; add --json")
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    try:
+        params = SamplingParams(**{f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name in args})
+    except RequestError as error:
+        args.usage_error(str(error))
+    if args.prompt in (None, "-"):
+        prompt = _text(args.file or "-").removesuffix("\n").removesuffix("\r")
+    else:
+        prompt = _text("PROMPT", os.fsencode(args.prompt))
+
+    from llama_fast.engine.llm import LLM
+
+    if args.model is None:
+        from llama_fast.demo import PATH
+
+        args.model = str(PATH)
+    where = {"device": args.device, "dtype": args.dtype, "backend": args.backend}
+    llm = LLM(args.model, max_batch=params.n, max_seq_len=args.max_seq_len, **where)
+    if args.json or params.n > 1:
+        output, interrupted = _run(llm, prompt, params)
+        _print_output(args, output)
+    else:
+        output, interrupted = _stream(llm, prompt, params, echo=not args.no_echo)
+    if not args.quiet:
+        print(_last_line(output, args.seed, interrupted), file=sys.stderr)
+    return _INTERRUPTED if interrupted else 0
+
+
+def _text(source: str, data: bytes | None = None) -> str:
+    """All of a UTF-8 file, of stdin for "-", or `data` under the name `source`."""
+    if data is None:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise RequestError(f"{source} is not UTF-8: {byte}; convert it, for example with iconv") from error
+
+
+def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[RequestOutput, bool]:
+    """Print the one continuation as it becomes final; returns it and whether Ctrl-C ended it."""
+    from llama_fast.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+    metrics = RequestMetrics(arrival=time.monotonic())
+    prompt_ids = llm.tokenizer.encode(prompt)
+    pieces: list[str] = []
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    head, interrupted = prompt if echo else "", False
+    chunks = llm.stream(prompt, params)
+    try:
+        for chunk in chunks:
+            metrics.first_token = metrics.first_token or time.monotonic()
+            token_ids += chunk.token_ids
+            finish_reason = chunk.finish_reason
+            if chunk.text:
+                pieces.append(chunk.text)
+                text, head = head + chunk.text, ""
+                print(text, end="", flush=True)  # last: Ctrl-C may strike while it waits
+    except KeyboardInterrupt as interrupt:
+        try:
+            chunks.throw(interrupt)  # told with all that was generated, wherever Ctrl-C struck
+        except GenerationInterrupted as told:
+            known, interrupted = told.outputs[0].outputs[0], True  # type: ignore[index]
+            head += known.text[sum(map(len, pieces)) :]
+            pieces, token_ids, finish_reason = [known.text], known.token_ids, known.finish_reason
+    metrics.finished = time.monotonic()
+    print(head, flush=True)
+    if finish_reason == "error":
+        raise NonFiniteLogitsError("the logits hold NaN or no finite value; check the weights, or use --dtype float32")
+    sample = CompletionOutput(0, "".join(pieces), token_ids, None, finish_reason)
+    return RequestOutput(prompt, prompt_ids, None, [sample], metrics), interrupted
+
+
+def _run(llm: LLM, prompt: str, params: SamplingParams) -> tuple[RequestOutput, bool]:
+    """All samples, and whether Ctrl-C ended them."""
+    try:
+        output, interrupted = llm.generate([prompt], params, use_tqdm=False)[0], False
+    except GenerationInterrupted as interrupt:
+        output, interrupted = interrupt.outputs[0], True  # type: ignore[index]
+        output.metrics.finished = output.metrics.finished or time.monotonic()
+    if output.error is not None:
+        raise output.error
+    return output, interrupted
+
+
+def _print_output(args: argparse.Namespace, output: RequestOutput) -> None:
+    """All samples, as JSON or one after the other."""
+    if args.json:
+        told = {"model": args.model, "seed": args.seed, **asdict(output), "metrics": _metrics(output)}
+        print(json.dumps(told))
+        return
+    for sample in output.outputs:
+        print(f"--- sample {sample.index + 1} of {len(output.outputs)} ({sample.finish_reason})")
+        print(sample.text if args.no_echo else f"{output.prompt}{sample.text}")
+
+
+def _metrics(output: RequestOutput) -> dict[str, Any]:
+    """Counts and times; None for what did not happen."""
+    times = output.metrics
+    generated = sum(len(sample.token_ids) for sample in output.outputs)
+    decoded = generated - len(output.outputs)  # the first token of each sample is the prompt's work
+    seconds = (times.finished or 0.0) - (times.first_token or 0.0)
+    return {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "generated_tokens": generated,
+        "time_to_first_token_s": times.time_to_first_token,
+        "decode_tokens_per_s": decoded / seconds if seconds > 0 and decoded > 0 else None,
+    }
+
+
+def _last_line(output: RequestOutput, seed: int, interrupted: bool) -> str:
+    units = ("{} prompt tokens", "{} generated", "first after {:.3f} s", "{:.1f} tokens/s")  # of _metrics, in order
+    found = zip(units, _metrics(output).values(), strict=True)
+    line = ", ".join(unit.format(value) for unit, value in found if value is not None)
+    return f"llama-fast: {'interrupted: ' if interrupted else ''}{line}, seed {seed}"
+
+
+def _add_perplexity(add: Callable[..., Any]) -> None:
+    command = add(
+        _perplexity,
+        "perplexity MODEL TEXT_FILE [options]",
+        "Score a text: perplexity per token, and bits per byte.\n"
+        "Windows of --context tokens move by --stride; each token is scored once, what windows share is context.",
+        _PERPLEXITY_EXAMPLES,
+    )
+    command.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id owner/name")
+    command.add_argument("text_file", metavar="TEXT_FILE", help="UTF-8 text; - is stdin")
+    command.add_argument("--context", type=int, metavar="N", help="tokens a window (default: the model's, up to 2048)")
+    command.add_argument("--stride", type=int, metavar="N", help="1 to context - 1 (default: context - 1, no overlap)")
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    text = _text(args.text_file)
+
+    from llama_fast.engine.perplexity import load_for_perplexity, perplexity
+
+    llm = load_for_perplexity(args.model, args.context, device=args.device, dtype=args.dtype, backend=args.backend)
+    progress = False if args.quiet else None
+    result = perplexity(llm, text, context=args.context, stride=args.stride, show_progress=progress)
+    told = {"model": args.model, "file": args.text_file, **asdict(result)}
+    print(json.dumps(told) if args.json else result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
