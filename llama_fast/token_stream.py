@@ -18,7 +18,7 @@ import functools
 import json
 import logging
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -59,6 +59,14 @@ class TokenStream:
         self._text = _incremental_decoder(tokenizer)
         self._replacements = [_Replacement(*pair) for pair in CLEAN_UP] if clean_up else []
         self._finished = False
+
+    def skip(self, token_ids: Iterable[int]) -> None:
+        """Take ids whose text is known: what is given out later goes on from it, without a character cut in two."""
+        for token_id in token_ids:
+            self.push(token_id)
+        self._text.finish()
+        for replacement in self._replacements:
+            replacement.finish()
 
     def push(self, token_id: int) -> str:
         """Takes the next id; returns the text that is final now, maybe "".
@@ -204,8 +212,9 @@ class _HeldText:
         return ""
 
     def finish(self) -> str:
+        tokens, self._tokens = self._tokens, []
         with translated(RequestError, "the ids could not be decoded"):
-            return self._decoder.decode(self._tokens)
+            return self._decoder.decode(tokens)
 
 
 class _Replacement:

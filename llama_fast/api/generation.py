@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupported
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.engine import Engine
+from llama_fast.engine.generation_config import checked
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
-from llama_fast.errors import GenerationInterrupted, RequestError, UnsupportedError
+from llama_fast.errors import GenerationInterrupted, RequestError
 from llama_fast.model.llama import LlamaLM
+from llama_fast.ops import select_backend
 
 # Hugging Face's budget when nothing says how much to generate.
 _DEFAULT_NEW_TOKENS = 20
@@ -86,20 +90,18 @@ class GeneratingLM(LlamaLM):
             UnsupportedError: an argument of the page that is not supported yet, by name.
             GenerationInterrupted: Ctrl-C; its `outputs` is the tensor of what was generated so far.
         """
-        for name, value in unsupported.items():
-            if value is not None:
-                raise UnsupportedError(f"generate({name}=...) is not supported yet")
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise RequestError(f"input_ids must be [batch_size, seq_len], not empty; got {tuple(input_ids.shape)}")
+        refuse_unsupported("generate", unsupported)
+        check_input_ids(input_ids)
         defaults = self._call_defaults(do_sample, eos_token_id)
         pad_token_id = self._pad_token_id(pad_token_id, defaults)
         mask = self._prompt_mask(input_ids, attention_mask, pad_token_id, defaults)
+        base_seed = None if seed is None else checked("seed", seed)
         new_tokens = self._new_token_budget(input_ids.shape[1], max_new_tokens, max_length, defaults)
         # A budget that nobody asked for ends with the context; one that was asked for may go beyond, with a warning.
         explicit = max_new_tokens is not None or max_length is not None
         limit = self.model.rotary.context_len
         requests = []
-        for index, (row, kept) in enumerate(zip(input_ids, mask.bool(), strict=True)):
+        for index, (row, kept) in enumerate(zip(input_ids, mask, strict=True)):
             prompt_ids = row[kept].tolist()
             params = SamplingParams(
                 n=num_return_sequences,
@@ -110,7 +112,7 @@ class GeneratingLM(LlamaLM):
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
-                seed=None if seed is None else (seed + index) % (1 << 64),
+                seed=None if base_seed is None else (base_seed + index) % (1 << 64),
             )
             params = dataclasses.replace(params, temperature=0.0) if not defaults.do_sample else params
             resolved = params.resolve(
@@ -122,12 +124,11 @@ class GeneratingLM(LlamaLM):
             )
             requests.append(Request(None, prompt_ids, resolved, None, index))
 
-        steps = self._engine_for(requests).run(requests)
         try:
-            for _ in steps:
-                pass
+            with closing(self._engine_for(requests).run(requests)) as steps:
+                for _ in steps:
+                    pass
         except KeyboardInterrupt as interrupt:
-            steps.close()
             raise GenerationInterrupted(_padded(input_ids, requests, pad_token_id)) from interrupt
         for request in requests:
             if request.error is not None:
@@ -146,38 +147,39 @@ class GeneratingLM(LlamaLM):
         eos = self.config.eos_token_id if defaults.eos_token_id is None else defaults.eos_token_id
         return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
-    def _pad_token_id(self, given: int | None, defaults: GenerationDefaults) -> int:
+    def _pad_token_id(self, given: int | None, defaults: GenerationDefaults) -> int | None:
+        """The pad token that somebody set, else the first eos, else None."""
         for candidate in (given, defaults.pad_token_id, self.config.pad_token_id, *self._eos_token_ids(defaults)):
-            if candidate is not None:
+            if candidate is not None and candidate >= 0:  # old files say -1 for "none"
                 return candidate
-        return 0
+        return None
 
     def _prompt_mask(
-        self, input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int, defaults: GenerationDefaults
+        self, input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, defaults: GenerationDefaults
     ) -> Tensor:
+        """bool [batch_size, seq_len]: which tokens are prompt."""
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                shapes = f"{tuple(attention_mask.shape)}; input_ids is {tuple(input_ids.shape)}"
-                raise RequestError(f"attention_mask has shape {shapes}")
-            return attention_mask
-        has_padding = bool((input_ids == pad_token_id).any())
-        if has_padding and pad_token_id not in self._eos_token_ids(defaults):
-            return input_ids != pad_token_id
-        if has_padding and input_ids.shape[0] > 1:
+            return kept_tokens(input_ids, attention_mask)
+        everything = torch.ones_like(input_ids, dtype=torch.bool)
+        if pad_token_id is None or not (input_ids == pad_token_id).any():
+            return everything
+        if pad_token_id not in self._eos_token_ids(defaults):
+            return input_ids.ne(pad_token_id)
+        if input_ids.shape[0] > 1:
             warnings.warn(
                 "pad_token_id is an eos token and occurs in input_ids; every token counts as text: pass attention_mask",
                 stacklevel=3,
             )
-        return torch.ones_like(input_ids)
+        return everything
 
     def _new_token_budget(
         self, seq_len: int, max_new_tokens: int | None, max_length: int | None, defaults: GenerationDefaults
     ) -> int:
         if max_new_tokens is not None:
-            return max_new_tokens
+            return checked("max_new_tokens", max_new_tokens)
         if max_length is None and defaults.max_new_tokens is not None:
             return defaults.max_new_tokens
-        max_length = defaults.max_length if max_length is None else max_length
+        max_length = defaults.max_length if max_length is None else checked("max_length", max_length)
         if max_length is None:
             warnings.warn(
                 f"neither max_new_tokens nor max_length is given: generating at most {_DEFAULT_NEW_TOKENS} tokens",
@@ -201,19 +203,22 @@ class GeneratingLM(LlamaLM):
             or engine.max_seq_len < max_seq_len
             or engine.cache.pool.dtype != self.dtype
             or engine.cache.pool.device != self.device
+            or engine.ops is not select_backend(self.backend, self.device)
         ):
+            # Twice the length that is needed, up to the context's end: a conversation grows with every call.
+            max_seq_len = max(max_seq_len, min(2 * max_seq_len, self.model.rotary.context_len))
             if engine is not None:
                 max_batch, max_seq_len = max(max_batch, engine.max_batch), max(max_seq_len, engine.max_seq_len)
-            self._engine = None  # free the old cache before the new one is made
+            engine = self._engine = None  # frees the old cache before the new one is made
             engine = self._engine = Engine(self, backend=self.backend, max_batch=max_batch, max_seq_len=max_seq_len)
         return engine
 
 
-def _padded(input_ids: Tensor, requests: list[Request], pad_token_id: int) -> Tensor:
+def _padded(input_ids: Tensor, requests: list[Request], pad_token_id: int | None) -> Tensor:
     samples = [sample for request in requests for sample in request.samples]
     longest = max((len(sample.token_ids) for sample in samples), default=0)
-    new = input_ids.new_full((len(samples), longest), pad_token_id)
+    new = input_ids.new_full((len(samples), longest), 0 if pad_token_id is None else pad_token_id)
     for row, sample in enumerate(samples):
-        new[row, : len(sample.token_ids)] = torch.tensor(sample.token_ids, dtype=new.dtype)
+        new[row, : len(sample.token_ids)] = new.new_tensor(sample.token_ids)
     copies = len(samples) // max(1, len(requests))
     return torch.cat((input_ids.repeat_interleave(copies, dim=0), new), dim=1)

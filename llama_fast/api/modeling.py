@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupported
 from llama_fast.api.generation import GeneratingLM
 from llama_fast.api.outputs import CausalLMOutputWithPast
 from llama_fast.engine.sampling import GenerationDefaults
@@ -20,6 +21,7 @@ from llama_fast.model.checkpoint import find_folder, save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import load_model
 from llama_fast.ops import reference, select_backend
+from llama_fast.ops.rows import needs_grad
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +99,12 @@ class LlamaForCausalLM(GeneratingLM):
             attention_mask: [batch_size, seq_len] of 1 and 0; padding may stand on either side. Logits of masked
                 positions are zeros.
             position_ids: [batch_size, seq_len] or [1, seq_len]; default 0..seq_len-1, as on the page not derived from
-                the mask.
-            labels: [batch_size, seq_len]; position t is scored on label t+1; -100 is ignored.
+                the mask. Restarts (packed sequences) are refused.
+            labels: [batch_size, seq_len]; position t is scored on label t+1; -100 is ignored, and so is what a masked
+                position would predict.
             logits_to_keep: 0 for all positions, n for the last n, or an index tensor.
+
+        Autocast has no effect: cast the model instead.
 
         Returns:
             loss (mean cross entropy over the labels that count, in fp32) and logits.
@@ -108,14 +113,22 @@ class LlamaForCausalLM(GeneratingLM):
             RequestError: shapes that do not fit.
             UnsupportedError: an argument of the page that is not supported yet.
         """
-        for name, value in unsupported.items():
-            if value is not None:
-                raise UnsupportedError(f"LlamaForCausalLM.forward({name}=...) is not supported yet")
-        batch_size, seq_len = _check_shapes(input_ids, attention_mask, position_ids, labels)
+        refuse_unsupported("LlamaForCausalLM.forward", unsupported)
+        self._check_forward(input_ids, position_ids, labels)
+        kept = kept_tokens(input_ids, attention_mask)
+        if position_ids is not None and attention_mask is None and (position_ids.diff() < 0).any():
+            raise UnsupportedError("position_ids that restart (packed sequences) are not supported yet; pad the rows")
+        # The graph has roundings of its own, which autocast would change.
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self._logits(input_ids, kept, position_ids, logits_to_keep)
+            return CausalLMOutputWithPast(None if labels is None else _causal_loss(logits, labels, kept), logits)
+
+    def _logits(
+        self, input_ids: Tensor, kept: Tensor, position_ids: Tensor | None, logits_to_keep: int | Tensor
+    ) -> Tensor:
+        batch_size, seq_len = input_ids.shape
         ops = self._ops_for_call()
         self.prepare(ops)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        kept = mask.bool()
         batch = self._pack(ops, input_ids, kept, position_ids)
         cache = PagedKVCache(self.config, max(1, batch.page_table.numel()), dtype=self.dtype, device=self.device)
         hidden_states = self.model.run(batch, cache)
@@ -127,11 +140,30 @@ class LlamaForCausalLM(GeneratingLM):
         packed_logits = self.logits(hidden_states[packed_row[wanted]], ops)
         logits = packed_logits.new_zeros(*wanted.shape, packed_logits.shape[-1])
         logits[wanted] = packed_logits
-        return CausalLMOutputWithPast(None if labels is None else _causal_loss(logits, labels), logits)
+        return logits
+
+    def _check_forward(self, input_ids: Tensor, position_ids: Tensor | None, labels: Tensor | None) -> None:
+        check_input_ids(input_ids)
+        shape, vocab_size = tuple(input_ids.shape), self.config.vocab_size
+        if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
+            raise RequestError(f"input_ids hold an id outside the vocabulary, 0 to {vocab_size - 1}")
+        if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise RequestError(f"position_ids has shape {tuple(position_ids.shape)}; input_ids has {shape}")
+        if labels is not None:
+            if tuple(labels.shape) != shape or labels.dtype != torch.int64:
+                raise RequestError(
+                    f"labels must be int64 {shape} as input_ids; got {labels.dtype} {tuple(labels.shape)}"
+                )
+            if (((labels < 0) & (labels != _IGNORED_LABEL)) | (labels >= vocab_size)).any():
+                raise RequestError(f"labels must be {_IGNORED_LABEL} (ignored) or an id from 0 to {vocab_size - 1}")
+        if self.training and self.config.attention_dropout:
+            raise UnsupportedError(
+                f"attention_dropout={self.config.attention_dropout} is not supported in training; set it to 0"
+            )
 
     def _ops_for_call(self) -> ModuleType:
         ops = select_backend(self.backend, self.device)
-        if ops is not reference and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        if ops is not reference and needs_grad(*self.parameters()):
             logger.info("gradients are wanted: this call runs on the reference backend, kernels are inference-only")
             return reference
         return ops
@@ -162,26 +194,9 @@ class LlamaForCausalLM(GeneratingLM):
         )
 
 
-def _check_shapes(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
-) -> tuple[int, int]:
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
-        raise RequestError(
-            "input_ids must be integers [batch_size, seq_len], not empty; "
-            f"got {input_ids.dtype} {tuple(input_ids.shape)}"
-        )
-    shape = tuple(input_ids.shape)
-    for name, tensor in (("attention_mask", attention_mask), ("labels", labels), ("position_ids", position_ids)):
-        if tensor is None:
-            continue
-        accepted = (shape, (1, shape[1])) if name == "position_ids" else (shape,)
-        if tuple(tensor.shape) not in accepted:
-            raise RequestError(f"{name} has shape {tuple(tensor.shape)}; input_ids [batch_size, seq_len] is {shape}")
-    return shape[0], shape[1]
-
-
-def _causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of position t's logits against label t+1; NaN when every label is ignored, as on the page."""
+def _causal_loss(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+    """Mean cross entropy of position t's logits against label t+1; NaN when no label counts, as on the page."""
     if labels.shape[1] != logits.shape[1]:
         raise RequestError(f"labels need the logits of every position; got logits_to_keep={logits.shape[1]}")
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED_LABEL)
+    targets = labels[:, 1:].masked_fill(~kept[:, :-1], _IGNORED_LABEL)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=_IGNORED_LABEL)

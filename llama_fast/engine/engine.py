@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Generator, Sequence
 
@@ -13,13 +12,14 @@ from torch import Tensor
 from llama_fast.engine.memory import cache_pages
 from llama_fast.engine.outputs import Logprob, PositionLogprobs
 from llama_fast.engine.request import Request, Sample
+from llama_fast.engine.sampling_batch import sampling_batch
 from llama_fast.engine.scheduler import Scheduler, Work
+from llama_fast.engine.scheduler import Sequence as SequenceInCache
 from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, RequestError
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
-from llama_fast.ops.reference_sample import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,18 @@ class Engine:
         split_size: int = SPLIT_SIZE,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("page_size", page_size)):
-            if not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name}={value!r} must be a positive integer")
+        sizes = {
+            "max_batch": max_batch,
+            "prefill_chunk": prefill_chunk,
+            "page_size": page_size,
+            "split_size": split_size,
+        }
+        for name, value in {**sizes, "max_seq_len": max_seq_len, "cache_bytes": cache_bytes}.items():
+            optional = name not in sizes
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise RequestError(f"{name}={value!r} must be a positive integer{' or None' if optional else ''}")
         context_len = model.model.rotary.context_len
         self.max_seq_len = context_len if max_seq_len is None else max_seq_len
-        if not isinstance(self.max_seq_len, int) or self.max_seq_len < 1:
-            raise RequestError(f"max_seq_len={max_seq_len!r} must be a positive integer")
         if self.max_seq_len > context_len:
             logger.warning("max_seq_len=%d goes beyond the %d tokens the model is made for", max_seq_len, context_len)
         self.model = model
@@ -85,12 +90,12 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
         )
-        self._lock = threading.Lock()
+        self._owner: dict[str, object] = {}
         self._reset()
 
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache.num_pages, self.cache.page_size, self.max_batch, self.prefill_chunk)
-        self._requests: dict[object, Request] = {}
+        self._samples: dict[SequenceInCache, Sample] = {}
 
     def check(self, request: Request) -> None:
         """Refuse what could never run, before any work.
@@ -102,10 +107,12 @@ class Engine:
         sampling, prompt_ids = request.sampling, request.prompt_token_ids
         if not prompt_ids:
             raise RequestError("the prompt has no tokens; give at least one (the tokenizer adds no bos token here)")
+        vocab_size = self.model.config.vocab_size
         for position, token_id in enumerate(prompt_ids):
-            if not 0 <= token_id < self.model.config.vocab_size:
-                vocab_size = self.model.config.vocab_size
-                raise RequestError(f"prompt_token_ids[{position}]={token_id} is outside the vocabulary of {vocab_size}")
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"prompt_token_ids[{position}]={token_id!r} is not an id of the vocabulary, 0 to {vocab_size - 1}"
+                )
         if sampling.n > self.max_batch:
             raise RequestError(f"n={sampling.n} exceeds max_batch={self.max_batch}; build the engine with a larger one")
         length = len(prompt_ids) + sampling.max_tokens
@@ -129,29 +136,40 @@ class Engine:
         Raises:
             RequestError: a request can never run (see `check`), or this engine is running others.
         """
-        if not self._lock.acquire(blocking=False):
-            raise RequestError("this engine is generating already; finish or close that stream first")
+        run = object()
         try:
+            # One atomic step inside `try`: an interrupt between taking a lock and `try` would leave it taken.
+            if self._owner.setdefault("run", run) is not run:
+                raise RequestError("this engine is generating already; finish or close that stream first")
+            if (self.cache.pool.dtype, self.cache.pool.device) != (self.model.dtype, self.model.device):
+                raise RequestError("the model was moved or cast after its engine was made; make a new LLM or Engine")
+            # Here, not at the end: an interrupt during the clean-up would leave pages taken.
+            self._reset()
             for request in requests:
                 self.check(request)
             self.model.prepare(self.ops)
             for request in requests:
-                sequence = request.samples[0].sequence
-                self._requests[sequence] = request
-                self.scheduler.add(sequence)
+                first = request.samples[0]
+                self._samples[first.sequence] = first
+                self.scheduler.add(first.sequence)
             while self.scheduler.has_work:
                 yield self.step()
         finally:
-            self._reset()
-            self._lock.release()
+            if self._owner.get("run") is run:
+                self._owner.clear()
 
-    @torch.no_grad()
     def step(self) -> list[Sample]:
         """One run of the graph over the scheduled tokens, then one token for every sequence that is due."""
+        # The caller's contexts must not reach the graph: autocast changes its arithmetic, and a tensor made in
+        # inference mode cannot be written by a later step outside of it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            return self._step()
+
+    def _step(self) -> list[Sample]:
         works = self.scheduler.plan()
         now = time.monotonic()
         for work in works:
-            metrics = self._requests[work.sequence].metrics
+            metrics = self._samples[work.sequence].request.metrics
             metrics.started = metrics.started or now
         hidden_states, last_rows = self._run_graph(works)
         due = [(work, row) for work, row in zip(works, last_rows, strict=True) if work.samples]
@@ -191,20 +209,20 @@ class Engine:
 
     def _samples_of(self, work: Work) -> list[Sample]:
         """The samples that take a token from this work; the further ones fork off when the prompt has run."""
-        request, sequence = self._requests[work.sequence], work.sequence
-        if work.start >= sequence.prompt_len:
-            return [sample for sample in request.samples if sample.sequence is sequence]
-        forks, source, target = self.scheduler.fork(sequence)
+        sample = self._samples[work.sequence]
+        if work.start >= work.sequence.prompt_len:
+            return [sample]
+        forks, source, target = self.scheduler.fork(work.sequence)
         if source:
             self.cache.copy_pages(self.ops, source, target)
-        for sample, fork in zip(request.samples[1:], forks, strict=True):
-            sample.sequence = fork
-            self._requests[fork] = request
-        return request.samples
+        for other, fork in zip(sample.request.samples[1:], forks, strict=True):
+            other.sequence = fork
+            self._samples[fork] = other
+        return sample.request.samples
 
     def _draw(self, samples: list[Sample], logits: Tensor) -> None:
         """Sample one token a row of `logits` [len(samples), vocab_size] and hand it to its sample."""
-        token_ids = self.ops.sample(logits, self._sampling_batch(samples))
+        token_ids = self.ops.sample(logits, sampling_batch(samples, self.model.config.vocab_size, self.model.device))
         scored = [row for row, sample in enumerate(samples) if sample.logprobs is not None]
         logprobs: dict[int, PositionLogprobs] = {}
         if scored:
@@ -215,60 +233,23 @@ class Engine:
         for row, (sample, token_id) in enumerate(zip(samples, token_ids.tolist(), strict=True)):
             request = sample.request
             request.metrics.first_token = request.metrics.first_token or now
-            if request.sampling.max_tokens == 0:
-                sample.finish("length")
-            elif token_id < 0:
+            if token_id < 0:
                 request.error = NonFiniteLogitsError(
                     f"the logits after token {len(sample.sequence.token_ids)} hold NaN or no finite value; "
                     "check the weights, or use dtype='float32'"
                 )
                 sample.finish("error")
+            elif request.sampling.max_tokens == 0:
+                sample.finish("length")
             else:
+                sample.append(token_id)
                 if sample.logprobs is not None:
                     sample.logprobs.append(_cut(logprobs[row], token_id, request.sampling.logprobs or 0))
-                sample.append(token_id)
             if sample.finish_reason is not None:
-                del self._requests[sample.sequence]
+                del self._samples[sample.sequence]
                 self.scheduler.finish(sample.sequence)
                 if all(other.finish_reason is not None for other in request.samples):
                     request.metrics.finished = now
-
-    def _sampling_batch(self, samples: list[Sample]) -> SamplingBatch:
-        device, vocab_size = self.model.device, self.model.config.vocab_size
-        sampling = [sample.request.sampling for sample in samples]
-
-        def tensor(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        prompt_mask = output_counts = bias = None
-        if any(p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty for p in sampling):
-            counts = [sample.token_counts(vocab_size, device) for sample in samples]
-            prompt_mask = torch.stack([in_prompt for in_prompt, _ in counts])
-            output_counts = torch.stack([generated for _, generated in counts])
-        forbids = [bool(p.stop_token_ids) and not s.may_stop for p, s in zip(sampling, samples, strict=True)]
-        if any(forbids) or any(p.logit_bias for p in sampling):
-            bias = torch.zeros(len(samples), vocab_size, dtype=torch.float32, device=device)
-            for row, params in enumerate(sampling):
-                for token_id, value in params.logit_bias.items():
-                    bias[row, token_id] = value
-                if forbids[row]:
-                    bias[row, sorted(params.stop_token_ids)] = -torch.inf
-        return SamplingBatch(
-            temperature=tensor([p.temperature for p in sampling], torch.float32),
-            top_k=tensor([p.top_k for p in sampling], torch.int32),
-            top_p=tensor([p.top_p for p in sampling], torch.float32),
-            min_p=tensor([p.min_p for p in sampling], torch.float32),
-            repetition_penalty=tensor([p.repetition_penalty for p in sampling], torch.float32),
-            frequency_penalty=tensor([p.frequency_penalty for p in sampling], torch.float32),
-            presence_penalty=tensor([p.presence_penalty for p in sampling], torch.float32),
-            # The bit pattern of an unsigned 64-bit seed.
-            seeds=tensor([p.seed - (1 << 64) if p.seed >> 63 else p.seed for p in sampling], torch.int64),
-            sample_index=tensor([sample.index for sample in samples], torch.int32),
-            position=tensor([len(sample.sequence.token_ids) for sample in samples], torch.int64),
-            prompt_mask=prompt_mask,
-            output_counts=output_counts,
-            bias=bias,
-        )
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
         """Each row's chosen token, then its `num_top` most probable ones in order."""
@@ -283,7 +264,7 @@ class Engine:
 
     def _score_prompt(self, work: Work, hidden_states: Tensor) -> None:
         """Log probabilities of the prompt tokens that these positions predict, if they were asked for."""
-        request, sequence = self._requests[work.sequence], work.sequence
+        request, sequence = self._samples[work.sequence].request, work.sequence
         if request.prompt_logprobs is None or work.start >= sequence.prompt_len:
             return
         num_top = request.sampling.prompt_logprobs or 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
+import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -105,14 +108,15 @@ class LLM:
         requests = self._requests(prompts, sampling_params)
         if use_tqdm is None:
             use_tqdm = len(requests) > 1 and sys.stderr.isatty()
-        steps = self.engine.run(requests)
         try:
-            with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar:
+            with (
+                closing(self.engine.run(requests)) as steps,
+                tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar,
+            ):
                 for samples in steps:
-                    ended = [s.request for s in samples if s.request.metrics.finished is not None]
-                    bar.update(len({id(request) for request in ended}))
+                    ended = {s.request.index for s in samples if s.request.metrics.finished is not None}
+                    bar.update(len(ended))
         except KeyboardInterrupt as interrupt:
-            steps.close()
             raise GenerationInterrupted(_aborted(requests)) from interrupt
         return [request.output() for request in requests]
 
@@ -126,18 +130,23 @@ class LLM:
         The joined texts of a sample's chunks are the text that `generate` returns. Closing the iterator ends the
         requests. Ctrl-C raises GenerationInterrupted as in `generate`.
         """
-        requests = self._requests(prompts, sampling_params)
-        steps = self.engine.run(requests)
+        return self._stream(self._requests(prompts, sampling_params))
+
+    def _stream(self, requests: list[Request]) -> Generator[TokenChunk, None, None]:
         try:
-            for samples in steps:
-                for sample in samples:
-                    new_ids = sample.token_ids[-1:] if sample.finish_reason != "error" else []
-                    yield TokenChunk(sample.request.index, sample.index, sample.new_text, new_ids, sample.finish_reason)
+            with closing(self.engine.run(requests)) as steps:
+                for samples in steps:
+                    for sample in samples:
+                        yield TokenChunk(
+                            request_index=sample.request.index,
+                            index=sample.index,
+                            text=sample.new_text,
+                            token_ids=[] if sample.finish_reason == "error" else sample.token_ids[-1:],
+                            finish_reason=sample.finish_reason,
+                            error=sample.request.error,
+                        )
         except KeyboardInterrupt as interrupt:
-            steps.close()
             raise GenerationInterrupted(_aborted(requests)) from interrupt
-        finally:
-            steps.close()
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -147,14 +156,14 @@ class LLM:
             params = [sampling_params or SamplingParams()] * len(prompt_list)
         else:
             params = list(sampling_params)
-        if len(params) != len(prompt_list):
+        if len(params) != len(prompt_list) or not all(isinstance(one, SamplingParams) for one in params):
             raise RequestError(
-                f"{len(params)} sampling_params for {len(prompt_list)} prompts; give one, or one for each"
+                f"sampling_params must be SamplingParams, one for all or one for each of {len(prompt_list)} prompts"
             )
         config = self.model.config
         requests = []
         for index, (prompt, one) in enumerate(zip(prompt_list, params, strict=True)):
-            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
             resolved = one.resolve(
                 self.generation_defaults,
                 config.eos_token_id,
@@ -168,12 +177,28 @@ class LLM:
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One text or one list of ids is one prompt; anything else is a list of prompts."""
+    """One text or one list of ids is one prompt; a list of either is several."""
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
+    if hasattr(prompts, "tolist"):  # a tensor or array of ids
+        prompts = prompts.tolist()
+    if not isinstance(prompts, list | tuple):
+        raise RequestError(
+            f"prompts must be a text, a list of token ids, or a list of them; got {type(prompts).__name__}"
+        )
+    if len(prompts) and isinstance(prompts[0], numbers.Integral):
         return [cast(Sequence[int], prompts)]
     return list(cast(Sequence[Prompt], prompts))
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Plain ints of a list, tensor or array; what is not an id is left for the engine to refuse."""
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, list | tuple):
+        raise RequestError(f"a prompt must be a text or a list of token ids; got {type(prompt).__name__}")
+    plain = [i if isinstance(i, bool) or not isinstance(i, numbers.Integral) else int(i) for i in prompt]
+    return cast(list[int], plain)
 
 
 def _aborted(requests: list[Request]) -> list[RequestOutput]:
@@ -181,4 +206,5 @@ def _aborted(requests: list[Request]) -> list[RequestOutput]:
         for sample in request.samples:
             if sample.finish_reason is None:
                 sample.finish("abort")
+                request.metrics.finished = time.monotonic()
     return [request.output() for request in requests]

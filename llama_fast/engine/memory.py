@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,11 @@ import torch
 from llama_fast.errors import OutOfMemoryError
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.model.llama import LlamaLM
+
+logger = logging.getLogger(__name__)
+
+# Where the system does not say how much is free.
+_UNKNOWN = 4 << 30
 
 
 def cache_pages(model: LlamaLM, max_batch: int, max_seq_len: int, cache_bytes: int | None, page_size: int) -> int:
@@ -34,9 +40,13 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    limits = []
     try:
         # MemAvailable counts the page cache that can be dropped; SC_AVPHYS_PAGES does not.
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        logger.info("no /proc/meminfo here; a cache without cache_bytes is sized for %d free bytes", _UNKNOWN)
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit in it
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return max(0, min(limits, default=_UNKNOWN))

@@ -97,6 +97,7 @@ class TokenChunk:
         text: text that is final now; may be empty.
         token_ids: the new ids.
         finish_reason: set on the sample's last chunk.
+        error: what ended it, if finish_reason is "error".
     """
 
     request_index: int
@@ -104,3 +105,4 @@ class TokenChunk:
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: LlamaFastError | None = None

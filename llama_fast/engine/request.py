@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -117,14 +118,19 @@ class Sample:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.new_text = ""
-        self._text: StoppableText | None = None
-        if request.tokenizer is not None:
-            stream = request.tokenizer.stream(skip_special_tokens=request.sampling.skip_special_tokens)
-            # A SentencePiece decoder drops the space before a text's first word: the text goes on from the prompt's.
-            for token_id in request.prompt_token_ids:
-                stream.push(token_id)
-            self._text = StoppableText(stream, request.sampling.stop)
         self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._bias: torch.Tensor | None = None
+
+    @cached_property
+    def _text(self) -> StoppableText | None:
+        """Made with the first token, when the prompt has been checked."""
+        request = self.request
+        if request.tokenizer is None:
+            return None
+        stream = request.tokenizer.stream(skip_special_tokens=request.sampling.skip_special_tokens)
+        # A SentencePiece decoder drops the space before a text's first word: the text goes on from the prompt's.
+        stream.skip(request.prompt_token_ids)
+        return StoppableText(stream, request.sampling.stop)
 
     @property
     def may_stop(self) -> bool:
@@ -140,19 +146,24 @@ class Sample:
             self._counts[1][token_id] += 1
         self.new_text = ""
         if token_id in sampling.stop_token_ids and self.may_stop:
-            self.finish("stop", token_id)
+            self._end("stop", token_id)
             return
         if self._text is not None:
             self.new_text = self._text.push(token_id, self.may_stop)
             if self._text.stop_string is not None:
-                self.finish("stop", self._text.stop_string)
+                self._end("stop", self._text.stop_string)
                 return
         if len(self.token_ids) >= sampling.max_tokens:
-            self.finish("length")
+            self._end("length")
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """End the sample; the text that was held back becomes final."""
-        if self._text is not None and self._text.stop_string is None:
+    def finish(self, reason: FinishReason) -> None:
+        """End the sample without a further token."""
+        self.new_text = ""
+        self._end(reason)
+
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        # The text that was held back becomes final.
+        if self.token_ids and self._text is not None and self._text.stop_string is None:
             self.new_text += self._text.finish(self.may_stop)
             if self._text.stop_string is not None:
                 reason, stop_reason = "stop", self._text.stop_string
@@ -167,13 +178,26 @@ class Sample:
             self._counts = in_prompt, torch.bincount(generated, minlength=vocab_size).to(torch.int32)
         return self._counts
 
+    def bias(self, vocab_size: int, device: torch.device) -> torch.Tensor | None:
+        """Added to the next logits, fp32 [vocab_size]: logit_bias, -inf at stop ids below min_tokens; None if zero."""
+        sampling = self.request.sampling
+        if sampling.logit_bias and self._bias is None:
+            self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+            self._bias[list(sampling.logit_bias)] = torch.tensor(list(sampling.logit_bias.values()), device=device)
+        if self.may_stop or not sampling.stop_token_ids:
+            return self._bias
+        bias = torch.zeros(vocab_size, dtype=torch.float32, device=device) if self._bias is None else self._bias.clone()
+        bias[list(sampling.stop_token_ids)] = -torch.inf
+        return bias
+
     def output(self) -> CompletionOutput:
         """What is known by now."""
         return CompletionOutput(
             index=self.index,
-            text="" if self._text is None else self._text.text,
+            text=self._text.text if self.token_ids and self._text is not None else "",
             token_ids=list(self.token_ids),
-            logprobs=None if self.logprobs is None else list(self.logprobs),
+            # An interrupt may have come between a token and its log probability.
+            logprobs=None if self.logprobs is None else self.logprobs[: len(self.token_ids)],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

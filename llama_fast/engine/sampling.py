@@ -218,4 +218,4 @@ def _draw_seed() -> int:
     """64 bits from torch's global generator."""
     import torch  # here, so that checking parameters (a CLI's usage errors) does not wait for it
 
-    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) % 2**64
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)) % 2**64

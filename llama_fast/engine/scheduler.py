@@ -7,7 +7,6 @@ free, so that a running request never waits for memory. Prompts are worked on in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from llama_fast.engine.page_allocator import PageAllocator
@@ -143,15 +142,8 @@ class Scheduler:
         return forks, source, target
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it stands, and release its pages."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-            return
+        """Take a running sequence out and release its pages."""
         self.running.remove(sequence)
-        self.release(sequence.pages, *sequence.fork_pages)
-        sequence.pages, sequence.fork_pages = [], []
-
-    def release(self, *page_lists: SequenceOf[int]) -> None:
-        """Give pages back to the allocator."""
-        for pages in page_lists:
+        for pages in (sequence.pages, *sequence.fork_pages):
             self.allocator.release(pages)
+        sequence.pages, sequence.fork_pages = [], []

@@ -67,11 +67,13 @@ class PagedKVCache:
         self.split_size = split_size
         self.num_pages = num_pages
         # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
-        self.pool = torch.empty(
-            (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        # Never in inference mode: the pool outlives the call that makes it.
+        with torch.inference_mode(False):
+            self.pool = torch.empty(
+                (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim),
+                dtype=dtype,
+                device=device,
+            )
 
     @staticmethod
     def page_bytes(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:

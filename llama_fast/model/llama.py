@@ -6,6 +6,7 @@ Source: Llama, arXiv:2302.13971; Llama 2, arXiv:2307.09288; rounding and layout 
 
 from __future__ import annotations
 
+from itertools import islice
 from types import ModuleType
 from typing import Any, cast
 
@@ -103,14 +104,16 @@ class LlamaDecoder(nn.Module):
         self.config = config
         # First, because it validates the configuration: ConfigError before torch complains of a shape.
         self.rotary = RotaryEmbedding(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # Old files say -1 for "none".
+        pad = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, pad)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def run(self, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Hidden states [num_tokens, hidden_size] after the last layer, before the final norm; fills the cache."""
         x = batch.ops.embed(batch.token_ids, self.embed_tokens)
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             x = layer(x, batch, cache.layer(index))
         return x
 
@@ -157,7 +160,9 @@ class LlamaLM(nn.Module):
 
     def prepare(self, ops: ModuleType) -> None:
         """Make the backend's weights anew if a parameter or the backend changed since the last call."""
-        state = (ops.__name__, [(id(p), p.data_ptr(), p._version) for p in self.parameters()])
+        # Tensors made in inference mode count no versions: their writes need `refresh`.
+        versions = [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters()]
+        state = (ops.__name__, versions)
         if state == self._prepared:
             return
         for layer in self.model.layers:

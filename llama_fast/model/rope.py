@@ -42,10 +42,7 @@ from torch import Tensor
 from llama_fast.config import LlamaConfig
 from llama_fast.config_checks import longrope_attention_factor
 from llama_fast.errors import KernelArgumentError
-from llama_fast.ops.rows import elementwise
-
-# PyTorch runs an elementwise op of this many elements on one thread, so rows are never cut in the middle.
-_SERIAL_ELEMENTS = 32768
+from llama_fast.ops.rows import SERIAL_ELEMENTS, elementwise
 
 
 class RotaryEmbedding:
@@ -156,7 +153,7 @@ class RotaryEmbedding:
         # can matter, and which is what the single length of a call takes in Hugging Face's code (a 0-dim tensor).
         growth = torch.stack((growth, growth), dim=-1)[:, 0]
         theta = self._theta * growth ** (self.rotary_dim / (self.rotary_dim - 2))
-        rows = max(1, _SERIAL_ELEMENTS // len(exponents))
+        rows = max(1, SERIAL_ELEMENTS // len(exponents))
         return torch.cat([1.0 / part[:, None] ** exponents for part in theta.split(rows)])
 
 

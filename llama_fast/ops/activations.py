@@ -18,6 +18,19 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+# Named functions, no lambdas: a model that holds one can be pickled.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
@@ -25,11 +38,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": _gelu_tanh,
     "laplace": _laplace,
     "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
+    "linear": _identity,
     "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu_squared,
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,

@@ -111,6 +111,8 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if missing or weight.shape[1] % MATMUL_MULTIPLE:
         x, weight = pad_last(x, MATMUL_MULTIPLE), F.pad(pad_last(weight, MATMUL_MULTIPLE), (0, 0, 0, missing))
         bias = None if bias is None else F.pad(bias, (0, missing))
+    # A transposed fp16 weight would take another kernel; the checkpoint's are contiguous already.
+    weight = weight.contiguous()
     return in_row_blocks(lambda rows: F.linear(rows, weight, bias), x)[:, :out_features]
 
 
@@ -210,8 +212,7 @@ def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
     """
     hidden_states = widen(rms_norm(x, norm.weight, norm.eps))
     (part,) = lm_head.parts
-    if needs_grad(hidden_states, part.weight) or part.weight.dtype == hidden_states.dtype:
-        return _matmul(hidden_states, part.weight.to(hidden_states.dtype), part.bias)
     # A 16-bit head is widened a chunk at a time: a whole fp32 copy would double the memory of a 128k vocabulary.
-    chunks = part.weight.split(_HEAD_CHUNK)
-    return torch.cat([_matmul(hidden_states, chunk.to(hidden_states.dtype), None) for chunk in chunks], dim=-1)
+    chunks = [part.weight] if part.weight.dtype == hidden_states.dtype else part.weight.split(_HEAD_CHUNK)
+    logits = torch.cat([_matmul(hidden_states, chunk.to(hidden_states.dtype), None) for chunk in chunks], dim=-1)
+    return logits if part.bias is None else logits + part.bias

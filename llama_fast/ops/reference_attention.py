@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,19 @@ def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
     return out.flatten(1)
 
 
-def _gather_splits(pages: LayerPages, page_table: Tensor, length: int, split_size: int) -> list[tuple[Tensor, Tensor]]:
-    """A sequence's K and V, one contiguous [num_kv_heads, split_size, padded dim] pair a split, zeros past length."""
+class _Split(NamedTuple):
+    """One split of a sequence, zeros past its length.
+
+    keys, values: [num_kv_heads, split_size, padded head_dim], widened, contiguous.
+    broken: [num_kv_heads, 1, split_size], slots whose values are not finite and stand as zeros; None if none are.
+    """
+
+    keys: Tensor
+    values: Tensor
+    broken: Tensor | None
+
+
+def _gather_splits(pages: LayerPages, page_table: Tensor, length: int, split_size: int) -> list[_Split]:
     pages_per_split = split_size // pages.page_size
     splits = []
     for first_slot in range(0, length, split_size):
@@ -58,14 +69,19 @@ def _gather_splits(pages: LayerPages, page_table: Tensor, length: int, split_siz
         for source in (pages.k, pages.v):
             heads_first = source[table].transpose(0, 1).reshape(source.shape[1], split_size, source.shape[3])
             gathered.append(pad_last(widen(heads_first.masked_fill(~valid, 0)), MATMUL_MULTIPLE))
-        splits.append((gathered[0], gathered[1]))
+        keys, values = gathered
+        finite = values.isfinite().all(-1)
+        # A row must not notice what it does not see, and 0 * inf is NaN.
+        splits.append(
+            _Split(keys, values, None) if finite.all() else _Split(keys, values.nan_to_num(0, 0, 0), ~finite[:, None])
+        )
     return splits
 
 
-def _attend_rows(q: Tensor, slots: Tensor, splits: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _attend_rows(q: Tensor, slots: Tensor, splits: list[_Split]) -> Tensor:
     """Up to ROW_BLOCK queries [rows, num_heads, head_dim] of one sequence against its splits; shape of q."""
     rows, num_heads, head_dim = q.shape
-    num_kv_heads, split_size, _ = splits[0][0].shape
+    num_kv_heads, split_size, _ = splits[0].keys.shape
     group = num_heads // num_kv_heads
     # Scaling q in fp32 instead of the scores saves a pass; padded rows sit at slot -1 and see nothing.
     block = F.pad(pad_last(widen(q) * head_dim**-0.5, MATMUL_MULTIPLE), (0, 0, 0, 0, 0, ROW_BLOCK - rows))
@@ -78,15 +94,18 @@ def _attend_rows(q: Tensor, slots: Tensor, splits: list[tuple[Tensor, Tensor]]) 
     running_sum = torch.zeros_like(running_max)
     accumulator = torch.zeros_like(block)
     for index in range(int(slots.max()) // split_size + 1):
-        keys, values = splits[index]
+        keys, values, broken = splits[index]
         hidden = torch.arange(split_size, device=slots.device) + index * split_size > last_visible
         scores = torch.bmm(block, keys.transpose(1, 2)).masked_fill(hidden, _MASKED)
         split_max = scores.amax(-1, keepdim=True)
         weights = elementwise(torch.exp, scores - split_max).masked_fill(hidden, 0)
         new_max = torch.maximum(running_max, split_max)
         keep, add = elementwise(torch.exp, running_max - new_max), elementwise(torch.exp, split_max - new_max)
+        weighted = torch.bmm(weights, values)
+        if broken is not None:
+            weighted = weighted.masked_fill((broken & ~hidden).any(-1, keepdim=True), torch.nan)
         running_sum = running_sum * keep + weights.sum(-1, keepdim=True) * add
-        accumulator = accumulator * keep + torch.bmm(weights, values) * add
+        accumulator = accumulator * keep + weighted * add
         running_max = new_max
     # Padded rows have seen nothing: 0 / 1, not 0 / 0.
     out = accumulator / running_sum.masked_fill(running_sum == 0, 1)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 ROW_BLOCK = 16
 # Widths are padded to a multiple of 64: two AVX-512 registers of bf16, what PyTorch's vector loop takes at a time.
 _LANES = 64
-# Up to this many elements PyTorch runs an elementwise kernel on one thread (at::internal::GRAIN_SIZE).
-_SERIAL_ELEMENTS = 32768
+# Up to this many elements PyTorch runs an elementwise kernel on one thread: GELU's own limit, half of GRAIN_SIZE.
+SERIAL_ELEMENTS = 16384
 # fp32 matmuls narrower than this, or of odd widths, take another code path in MKL (33 -> 7 differed by row).
 MATMUL_MULTIPLE = 16
 
@@ -50,13 +50,13 @@ def elementwise(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
         return fn(x)
     width = x.shape[-1]
     rows = pad_last(x.reshape(-1, width), _LANES).contiguous()
-    if rows.numel() <= _SERIAL_ELEMENTS:
+    if rows.numel() <= SERIAL_ELEMENTS:
         return fn(rows)[:, :width].reshape(x.shape)
     out = torch.empty_like(rows)
-    rows_per_call = max(1, _SERIAL_ELEMENTS // rows.shape[1])
+    rows_per_call = max(1, SERIAL_ELEMENTS // rows.shape[1])
     for start in range(0, rows.shape[0], rows_per_call):
-        for column in range(0, rows.shape[1], _SERIAL_ELEMENTS):
-            chunk = (slice(start, start + rows_per_call), slice(column, column + _SERIAL_ELEMENTS))
+        for column in range(0, rows.shape[1], SERIAL_ELEMENTS):
+            chunk = (slice(start, start + rows_per_call), slice(column, column + SERIAL_ELEMENTS))
             out[chunk] = fn(rows[chunk].contiguous())
     return out[:, :width].reshape(x.shape)
 
