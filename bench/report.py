@@ -1,0 +1,114 @@
+"""The tables of README.md, from the result files in bench/results/<device>/*.json.
+
+    python bench/report.py          writes them into README.md
+    python bench/report.py --check  fails if README.md says something else
+
+A result file is the last line that a bench prints:
+    python bench/bench_load.py | tail -n 1 > bench/results/amd-epyc-2-cores/load-llama-3.2-1b.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_BEGIN, _END = "<!-- bench/report.py writes this -->", "<!-- until here -->"
+
+
+def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results by bench, each with `where`, in the order of their files' names."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["where"] = f"{path.parent.name}, {result['num_threads']} threads"
+        results.setdefault(result["bench"], []).append(result)
+    return results
+
+
+def load_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Loading and reading every byte once, against reading the file from the page cache."""
+    header = ["checkpoint", "file", "bound", "load + touch", "share", "anonymous memory", "where"]
+    rows = [
+        [
+            f"{r['model']}, {r['dtype']}",
+            f"{r['file_bytes'] / 1e9:.2f} GB" if r["file_bytes"] > 1e9 else f"{r['file_bytes'] / 1e6:.1f} MB",
+            f"{r['bound_ms']:.2f} ms",
+            f"{r['total_ms']['median']:.2f} ms",
+            f"{r['share_of_bound']:.1%}",
+            f"{r['peak_anon_bytes'] / 1e6:.1f} MB",
+            r["where"],
+        ]
+        for r in results
+    ]
+    return [header, *rows]
+
+
+def generate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Tokens per second of prefill and decode, against FLOPs and memory bandwidth."""
+    header = [
+        "model",
+        "backend",
+        "batch",
+        "prefill tokens/s",
+        "of its bound",
+        "decode tokens/s",
+        "of its bound",
+        "where",
+    ]
+    rows = [
+        [
+            f"{r['model']}, {r['dtype']}",
+            r["backend"],
+            str(point["batch_size"]),
+            f"{point['prefill']['median']:,.1f}",
+            f"{point['prefill_share_of_bound']:.1%}",
+            f"{point['decode']['median']:,.1f}",
+            f"{point['decode_share_of_bound']:.1%}",
+            r["where"],
+        ]
+        for r in results
+        for point in r["tokens_per_s"]
+    ]
+    return [header, *rows]
+
+
+def tables(folder: Path) -> str:
+    """Markdown of all tables; what has no result file is not measured yet."""
+    results = read_results(folder)
+    parts = []
+    for bench, rows in (("load", load_rows), ("generate", generate_rows)):
+        if bench not in results:
+            parts.append(f"`bench_{bench}.py`: not measured yet.")
+            continue
+        header, *body = rows(results[bench])
+        lines = [header, ["---"] * len(header), *body]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def render(readme: str, folder: Path) -> str:
+    """README's text with the tables between its two marks."""
+    before, rest = readme.split(_BEGIN)
+    _, after = rest.split(_END)
+    return f"{before}{_BEGIN}\n\n{tables(folder)}\n\n{_END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md differs")
+    args = parser.parse_args()
+    path = _ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    rendered = render(readme, _ROOT / "bench" / "results")
+    if args.check:
+        if readme != rendered:
+            print("README.md is not what bench/results say; run python bench/report.py", file=sys.stderr)
+        return int(readme != rendered)
+    path.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
