@@ -32,7 +32,7 @@ def refuse_unsupported(function: str, arguments: Mapping[str, Any]) -> None:
         UnsupportedError: an argument has a value that asks for something.
     """
     for name, value in arguments.items():
-        if value is not None and not any(value is neutral or value == neutral for neutral in _NEUTRAL.get(name, ())):
+        if value is not None and not (isinstance(value, bool | int) and value in _NEUTRAL.get(name, ())):
             raise UnsupportedError(f"{function}({name}=...) is not supported yet")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupported
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.engine import Engine
-from llama_fast.engine.generation_config import checked
+from llama_fast.engine.generation_config import checked, id_tuple
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.errors import GenerationInterrupted, RequestError
@@ -57,7 +57,7 @@ class GeneratingLM(LlamaLM):
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
         pad_token_id: int | None = None,
         num_return_sequences: int = 1,
         seed: int | None = None,
@@ -77,7 +77,7 @@ class GeneratingLM(LlamaLM):
             do_sample: False for greedy.
             temperature, top_k, top_p, min_p: for sampling. An unset top_k is off (the page's default is 50).
             repetition_penalty: over prompt and generated tokens.
-            eos_token_id: one or several ids that end a row.
+            eos_token_id: one or several ids that end a row; -1 or an empty list for none.
             pad_token_id: fills rows that ended; default the first eos.
             num_return_sequences: samples a row; rows of one prompt stand together.
             seed: of the whole call; row i uses seed + i. Unset, seeds are drawn from torch's default generator.
@@ -104,9 +104,9 @@ class GeneratingLM(LlamaLM):
         for index, (row, kept) in enumerate(zip(input_ids, mask, strict=True)):
             prompt_ids = row[kept].tolist()
             params = SamplingParams(
-                n=num_return_sequences,
+                n=checked("num_return_sequences", num_return_sequences),
                 max_tokens=new_tokens if explicit else min(new_tokens, max(1, limit - len(prompt_ids))),
-                min_tokens=min_new_tokens or 0,
+                min_tokens=0 if min_new_tokens is None else checked("min_new_tokens", min_new_tokens),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -135,12 +135,16 @@ class GeneratingLM(LlamaLM):
                 raise request.error
         return _padded(input_ids, requests, pad_token_id)
 
-    def _call_defaults(self, do_sample: bool | None, eos_token_id: int | Sequence[int] | None) -> GenerationDefaults:
+    def _call_defaults(
+        self, do_sample: bool | None, eos_token_id: int | Sequence[int] | Tensor | None
+    ) -> GenerationDefaults:
         changes: dict[str, Any] = {}
         if do_sample is not None:
             changes["do_sample"] = do_sample
         if eos_token_id is not None:
-            changes["eos_token_id"] = eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id)
+            given = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+            # -1 is a common way to say "none".
+            changes["eos_token_id"] = list(id_tuple("eos_token_id", [] if given == -1 else given))
         return dataclasses.replace(self.generation_defaults, **changes)
 
     def _eos_token_ids(self, defaults: GenerationDefaults) -> list[int]:
@@ -201,6 +205,7 @@ class GeneratingLM(LlamaLM):
             engine is None
             or engine.max_batch < max_batch
             or engine.max_seq_len < max_seq_len
+            or engine.cache.pool.shape[0] < self.config.num_hidden_layers
             or engine.cache.pool.dtype != self.dtype
             or engine.cache.pool.device != self.device
             or engine.ops is not select_backend(self.backend, self.device)

@@ -232,7 +232,6 @@ class Engine:
         now = time.monotonic()
         for row, (sample, token_id) in enumerate(zip(samples, token_ids.tolist(), strict=True)):
             request = sample.request
-            request.metrics.first_token = request.metrics.first_token or now
             if token_id < 0:
                 request.error = NonFiniteLogitsError(
                     f"the logits after token {len(sample.sequence.token_ids)} hold NaN or no finite value; "
@@ -242,6 +241,7 @@ class Engine:
             elif request.sampling.max_tokens == 0:
                 sample.finish("length")
             else:
+                request.metrics.first_token = request.metrics.first_token or now
                 sample.append(token_id)
                 if sample.logprobs is not None:
                     sample.logprobs.append(_cut(logprobs[row], token_id, request.sampling.logprobs or 0))

@@ -33,6 +33,8 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "prompt_logprobs": (0, 128),
     "max_new_tokens": (0, _MAX_INT32),
     "max_length": (0, _MAX_INT32),
+    "min_new_tokens": (0, _MAX_INT32),
+    "num_return_sequences": (1, 1024),
 }
 _NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 1e4),

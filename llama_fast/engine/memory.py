@@ -29,9 +29,10 @@ def cache_pages(model: LlamaLM, max_batch: int, max_seq_len: int, cache_bytes: i
     budget = free_bytes(model.device) // 2 if cache_bytes is None else cache_bytes
     num_pages = budget // page_bytes
     if num_pages < per_sequence:
+        fits = f"use max_seq_len={num_pages * page_size} or less, or " if num_pages else ""
         raise OutOfMemoryError(
             f"one sequence of max_seq_len={max_seq_len} needs {per_sequence * page_bytes} bytes of cache; there is "
-            f"room for {budget}: use max_seq_len={num_pages * page_size} or less, or raise cache_bytes"
+            f"room for {budget}: {fits}raise cache_bytes"
         )
     return num_pages if cache_bytes is not None else min(num_pages, max_batch * per_sequence)
 

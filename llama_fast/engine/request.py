@@ -165,7 +165,7 @@ class Sample:
         # The text that was held back becomes final.
         if self.token_ids and self._text is not None and self._text.stop_string is None:
             self.new_text += self._text.finish(self.may_stop)
-            if self._text.stop_string is not None:
+            if self._text.stop_string is not None and reason in ("stop", "length"):
                 reason, stop_reason = "stop", self._text.stop_string
         self.finish_reason, self.stop_reason = reason, stop_reason
 

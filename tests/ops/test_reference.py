@@ -9,8 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llama_fast import ops
-from llama_fast import config
+from llama_fast import config, ops
 from llama_fast.errors import BackendError, UnsupportedError
 from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import LayerPages
@@ -183,8 +182,29 @@ def test_attention_row_is_independent_of_company_chunk_and_page():
 
     whole = run([50], [0], 0, 64)
     assert torch.equal(run([7, 50, 3], [9, 0, 1], 1, 128), whole)
-    assert torch.equal(torch.cat([run([start and 13 or 11], [start], 0, 64) for start in (0, 11, 24, 37)]), whole)
+    chunks = [run([length], [start], 0, 64) for start, length in ((0, 11), (11, 13), (24, 13), (37, 13))]
+    assert torch.equal(torch.cat(chunks), whole)
     assert torch.equal(torch.cat([run([2, 1], [5, start], 1, 64) for start in range(50)]), whole)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_F12_a_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(bad):
+    torch.manual_seed(0)
+    keys, values = torch.randn(40, 2, 16), torch.randn(40, 2, 16)
+    q = torch.randn(40, 4, 16)
+    batch = make_batch([40], [0], 4, 8, 16)
+
+    def run():
+        pages = LayerPages(torch.randn(16, 2, 4, 16), torch.randn(16, 2, 4, 16))
+        fill(pages, batch, 0, keys, values)
+        return reference.attention(q, pages, batch).view(40, 4, 16)
+
+    healthy = run()
+    values[21, 1, 3] = bad
+    broken = run()
+    assert torch.equal(broken[:21], healthy[:21])
+    assert torch.equal(broken[21:, :2], healthy[21:, :2])  # the other KV head's group
+    assert broken[21:, 2:].isnan().any(-1).all()
 
 
 def test_attention_dense_path_agrees_and_has_gradients():

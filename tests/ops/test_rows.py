@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llama_fast.ops.rows import ROW_BLOCK, elementwise, in_row_blocks
 
+
 def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
