@@ -1,6 +1,11 @@
 """Fixtures shared by all tests."""
 
 import os
+
+# Before torch is imported, here and in subprocesses: on a busy machine two threads that wait for each other over tiny
+# tensors are many times slower than one. Tests of thread counts set their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
