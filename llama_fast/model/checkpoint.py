@@ -248,7 +248,10 @@ def _renamed_when_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends well and is removed when not."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private; a checkpoint follows the umask
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

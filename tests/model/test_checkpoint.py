@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections import Counter
@@ -743,3 +744,13 @@ def test_published_checkpoint(shared_data):
     load_weights(ours, folder)
     assert_same_state(ours.state_dict(), theirs.state_dict())
     assert checkpoint_files.SINGLE_FILE == SINGLE
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_saved_files_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (path,) = save_weights(torch.nn.Linear(3, 2), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
