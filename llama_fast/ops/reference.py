@@ -47,8 +47,9 @@ __all__ = [
 # A token gets the same bits as prompt and as generated token, so both may share a launch and their pages.
 PREFILL_EQUALS_DECODE = True
 
-# Rows of the LM head widened to fp32 at a time: 4096 x 4096 is 64 MiB.
-_HEAD_CHUNK = 4096
+# Rows of the LM head widened to fp32 at a time, few enough to stay in cache: at 128256 x 2048 on 2 cores 512 rows took
+# 92 ms a token, 4096 rows 141 ms.
+_HEAD_CHUNK = 512
 
 
 @dataclass(frozen=True)
