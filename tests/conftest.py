@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Shared machines are slow at random; in CI a failure must be repeatable.
@@ -24,3 +25,8 @@ def shared_data() -> Path:
     if not _SHARED_DATA.is_dir():
         pytest.skip(f"no test data at {_SHARED_DATA}")
     return _SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_run():
+    torch.manual_seed(0)
