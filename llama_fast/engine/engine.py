@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from llama_fast.engine.memory import cache_pages
+from llama_fast.engine.memory import cache_size
 from llama_fast.engine.outputs import Logprob, PositionLogprobs
 from llama_fast.engine.request import Request, Sample
 from llama_fast.engine.sampling_batch import sampling_batch
@@ -40,9 +40,9 @@ class Engine:
         backend: "auto", "reference", "cpu" or "gpu".
         max_batch: samples that run at once; default 16, fewer if memory is short.
         max_seq_len: tokens of one sample, prompt included; default what the model is made for (its
-            max_position_embeddings, times the factor of dynamic RoPE). More is allowed with a warning.
+            max_position_embeddings, times the factor of dynamic RoPE) or what fits. More is allowed with a warning.
         cache_bytes: size of the KV cache; default what max_batch sequences of max_seq_len need, at most half of the
-            memory that is free.
+            memory that is free beside the weights.
         page_size, split_size: of the cache (see kv_cache.py); split_size is part of every result's bits.
         prefill_chunk: prompt tokens run in one step.
 
@@ -74,14 +74,13 @@ class Engine:
             if not (optional and value is None) and (type(value) is not int or value < 1):
                 raise RequestError(f"{name}={value!r} must be a positive integer{' or None' if optional else ''}")
         context_len = model.model.rotary.context_len
-        self.max_seq_len = context_len if max_seq_len is None else max_seq_len
+        self.max_seq_len, pages = cache_size(model, max_batch, max_seq_len, cache_bytes, page_size)
         if self.max_seq_len > context_len:
             logger.warning("max_seq_len=%d goes beyond the %d tokens the model is made for", max_seq_len, context_len)
         self.model = model
         self.ops = select_backend(backend, model.device)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        pages = cache_pages(model, max_batch, self.max_seq_len, cache_bytes, page_size)
         self.cache = PagedKVCache(
             model.config,
             pages,

@@ -738,6 +738,11 @@ def test_metrics_are_filled_and_in_order(tiny):
 PAGE_BYTES = 2 * 2 * 2 * PAGE * 16 * 4
 
 
+def _weight_bytes(model):
+    """Mapped weights are free memory until they are read; the cache leaves room for them."""
+    return sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("sizes", "free_bytes", "num_pages"),
     [
@@ -745,14 +750,14 @@ PAGE_BYTES = 2 * 2 * 2 * PAGE * 16 * 4
         ({"max_batch": 3, "max_seq_len": 24}, 10**9, 9),
         ({"max_batch": 3, "max_seq_len": 25}, 10**9, 12),
         ({"max_batch": 2}, 10**9, 64),  # max_position_embeddings=256
-        ({"max_batch": 3, "max_seq_len": 20}, 2 * 4 * PAGE_BYTES, 4),  # half of what is free
+        ({"max_batch": 3, "max_seq_len": 20}, 2 * 4 * PAGE_BYTES, 4),  # half of what is free beside the weights
         ({"max_batch": 3, "max_seq_len": 20, "cache_bytes": 11 * PAGE_BYTES - 1}, 0, 10),
         ({"max_batch": 3, "max_seq_len": 20, "cache_bytes": 20 * PAGE_BYTES}, 0, 20),
         ({"max_batch": 3, "max_seq_len": 20, "cache_bytes": 3 * PAGE_BYTES}, 0, 3),
     ],
 )
 def test_cache_size(tiny, monkeypatch, sizes, free_bytes, num_pages):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free_bytes)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: _weight_bytes(tiny) + free_bytes)
     engine = Engine(tiny, page_size=PAGE, split_size=SPLIT, **sizes)
     assert engine.cache.num_pages == num_pages
     assert engine.cache.pool.nbytes == num_pages * PAGE_BYTES
@@ -764,7 +769,7 @@ def test_cache_that_holds_no_sequence(tiny, monkeypatch):
     sizes = {"max_seq_len": 20, "page_size": PAGE, "split_size": SPLIT}
     with pytest.raises(OutOfMemoryError, match=message):
         Engine(tiny, cache_bytes=3 * PAGE_BYTES - 1, **sizes)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * (3 * PAGE_BYTES - 1))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: _weight_bytes(tiny) + 2 * (3 * PAGE_BYTES - 1))
     with pytest.raises(OutOfMemoryError, match=message):
         Engine(tiny, **sizes)
     assert Engine(tiny, cache_bytes=3 * PAGE_BYTES - 1, **{**sizes, "max_seq_len": 16}).cache.num_pages == 2

@@ -1,0 +1,64 @@
+"""How the cache is sized; page bytes are counted by hand here."""
+
+import logging
+
+import pytest
+import torch
+
+from llama_fast.engine import memory
+from llama_fast.engine.memory import cache_size, free_bytes
+from llama_fast.errors import OutOfMemoryError
+from tests.tiny import make_model
+
+PAGE = 8
+# 2 layers x (K, V) x 2 KV heads x head_dim 16 x fp32, a page of 8 slots.
+PAGE_BYTES = 2 * 2 * 2 * 16 * 4 * PAGE
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_model()  # 256 positions: 32 pages a sequence
+
+
+def _free(monkeypatch, model, pages):
+    """So much memory that half of what the weights leave holds `pages`."""
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: weights + 2 * pages * PAGE_BYTES)
+
+
+def test_with_room_the_pool_holds_max_batch_sequences(tiny, monkeypatch):
+    _free(monkeypatch, tiny, 1000)
+    assert cache_size(tiny, 5, None, None, PAGE) == (256, 5 * 32)
+    assert cache_size(tiny, 5, 20, None, PAGE) == (20, 5 * 3)
+
+
+def test_with_less_room_fewer_sequences_fit(tiny, monkeypatch, caplog):
+    _free(monkeypatch, tiny, 70)
+    assert cache_size(tiny, 5, None, None, PAGE) == (256, 70)
+    assert not caplog.records
+
+
+def test_with_too_little_room_sequences_are_shorter_and_that_is_said(tiny, monkeypatch, caplog):
+    _free(monkeypatch, tiny, 10)
+    with caplog.at_level(logging.WARNING):
+        assert cache_size(tiny, 5, None, None, PAGE) == (80, 10)
+    assert "limited to 80 tokens: the model is made for 256" in caplog.text
+
+
+def test_L01_a_length_that_was_asked_for_must_fit(tiny, monkeypatch):
+    _free(monkeypatch, tiny, 10)
+    message = f"max_seq_len=100 needs {13 * PAGE_BYTES} bytes .* room for {10 * PAGE_BYTES}: use max_seq_len=80 or less"
+    with pytest.raises(OutOfMemoryError, match=message):
+        cache_size(tiny, 5, 100, None, PAGE)
+    with pytest.raises(OutOfMemoryError, match=r"room for 10: raise cache_bytes"):
+        cache_size(tiny, 5, None, 10, PAGE)
+
+
+def test_a_byte_budget_is_used_whole(tiny):
+    assert cache_size(tiny, 1, 64, 50 * PAGE_BYTES + 7, PAGE) == (64, 50)
+
+
+def test_free_bytes_is_what_the_system_says():
+    with open("/proc/meminfo", encoding="ascii") as file:
+        total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+    assert 0 < free_bytes(torch.device("cpu")) <= total
