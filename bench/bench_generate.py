@@ -20,32 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import SHAPES, write_checkpoint
 from timing import Summary, linear_flops, print_json, read_bandwidth
-from torch import nn
 from tqdm import tqdm
 
 from llama_fast import demo
-from llama_fast.config import LlamaConfig
 from llama_fast.engine.engine import DEFAULT_PREFILL_CHUNK, Engine
 from llama_fast.engine.outputs import PositionLogprobs
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
-from llama_fast.model.checkpoint import save_weights
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import load_model
 
-_LLAMA_3_2_1B = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
-_TINY = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-_SHAPES: dict[str, dict[str, Any]] = {"llama-3.2-1b": _LLAMA_3_2_1B, "tiny": {**_LLAMA_3_2_1B, **_TINY}}
 _CHECKED_TOKENS = 16
 # Twice the 1e-4 by which fp32 logits may differ from transformers'.
 _NEAR_TIE = 2e-4
@@ -55,24 +41,6 @@ _EXAMPLES = """examples:
   python bench/bench_generate.py --model ~/Llama-3.2-1B --batch-sizes 1 8
   python bench/bench_generate.py --shape llama-3.2-1b --prompt-len 32 --output-len 16
   python bench/bench_generate.py --smoke                                in seconds: does the bench work"""
-
-
-def write_checkpoint(folder: Path, shape: str, seed: int) -> None:
-    """A bf16 checkpoint of a named shape: weights ~ N(0, initializer_range), norms 1."""
-    config = LlamaConfig(**_SHAPES[shape], dtype="bfloat16")
-    with torch.device("meta"):
-        model = LlamaLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    values: dict[nn.Parameter, nn.Parameter] = {}
-    for parameter in model.parameters():  # tied ones once
-        value = torch.ones(parameter.shape, dtype=torch.bfloat16)
-        if value.ndim > 1:
-            value.normal_(0.0, config.initializer_range, generator=generator)
-        values[parameter] = nn.Parameter(value, requires_grad=False)
-    state = model.state_dict(keep_vars=True)
-    model.load_state_dict({name: values[parameter] for name, parameter in state.items()}, assign=True)
-    config.save_pretrained(folder)
-    save_weights(model, folder)
 
 
 def decode_weight_bytes(model: LlamaLM) -> int:
@@ -256,7 +224,7 @@ def main() -> int:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", type=Path, metavar="FOLDER", help="a local checkpoint (default: the demo model)")
-    what.add_argument("--shape", choices=sorted(_SHAPES), help="random weights of this shape")
+    what.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     what.add_argument("--smoke", action="store_true", help="shape tiny and little of it: only checks the bench")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="default: 1 4 16")
     parser.add_argument("--prompt-len", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")

@@ -21,56 +21,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from shapes import SHAPES, write_checkpoint
 from timing import Summary, print_json, read_bandwidth, read_every_byte, seconds
 from torch import nn
 
 # llama_fast is imported inside the functions: the memory is measured above imported torch alone.
 
-_LLAMA_3_2_1B = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
-_SHAPES = {
-    "llama-3.2-1b": _LLAMA_3_2_1B,
-    "smoke": {
-        **_LLAMA_3_2_1B,
-        "vocab_size": 1000,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-    },
-}
 _CHUNK = 2**24
 
 _EXAMPLES = """examples:
   python bench/bench_load.py                          the shape of Llama 3.2 1B, written to a temporary folder
   python bench/bench_load.py --model ~/Llama-3.2-1B   a checkpoint that is there
   python bench/bench_load.py --smoke                  a small one in seconds: does the bench work"""
-
-
-def write_checkpoint(folder: Path, shape: str, seed: int) -> None:
-    """A bf16 checkpoint of a named shape with random weights."""
-    from llama_fast.config import LlamaConfig
-    from llama_fast.model.checkpoint import save_weights
-    from llama_fast.model.llama import LlamaLM
-
-    config = LlamaConfig(**_SHAPES[shape], dtype="bfloat16")
-    with torch.device("meta"):
-        model = LlamaLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    random = {
-        parameter: nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16).uniform_(-1, 1, generator=generator))
-        for parameter in model.parameters()
-    }
-    state = model.state_dict(keep_vars=True)
-    model.load_state_dict({name: random[parameter] for name, parameter in state.items()}, assign=True)
-    config.save_pretrained(folder)
-    save_weights(model, folder)
 
 
 def load(folder: Path) -> nn.Module:
@@ -266,7 +228,7 @@ def main() -> int:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", type=Path, metavar="FOLDER", help="a local checkpoint folder")
-    what.add_argument("--shape", choices=sorted(_SHAPES), default="llama-3.2-1b", help="random weights of this shape")
+    what.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b", help="random weights of this shape")
     what.add_argument("--smoke", action="store_true", help="a small shape and few repeats: only checks the bench")
     parser.add_argument("--repeats", type=int, default=9, help="timed loads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
@@ -281,7 +243,7 @@ def main() -> int:
     repeats, bandwidth_bytes = (min(args.repeats, 2), 2**26) if args.smoke else (args.repeats, 2**29)
     if args.model:
         return run(args.model, str(args.model), repeats, bandwidth_bytes)
-    shape = "smoke" if args.smoke else args.shape
+    shape = "tiny" if args.smoke else args.shape
     with tempfile.TemporaryDirectory(prefix="bench_load_") as folder:
         write_checkpoint(Path(folder), shape, args.seed)
         return run(Path(folder), shape, repeats, bandwidth_bytes)

@@ -52,7 +52,7 @@ def test_smoke_prints_the_bound_first_and_json_last():
 
 
 def test_an_existing_checkpoint_is_measured(tmp_path, bench, monkeypatch, capsys):
-    bench.write_checkpoint(tmp_path, "smoke", seed=1)
+    bench.write_checkpoint(tmp_path, "tiny", seed=1)
     monkeypatch.setattr(bench, "in_new_process", lambda name, folder: {"first_ms": 1.0} if name == "first" else {})
     monkeypatch.setattr(sys, "argv", ["bench_load.py", "--model", str(tmp_path), "--repeats", "1"])
     assert bench.main() == 0
@@ -65,13 +65,13 @@ def test_the_same_seed_writes_the_same_file(tmp_path, bench):
     contents = []
     for folder, seed in ((tmp_path / "a", 0), (tmp_path / "b", 0), (tmp_path / "c", 1)):
         folder.mkdir()
-        bench.write_checkpoint(folder, "smoke", seed)
+        bench.write_checkpoint(folder, "tiny", seed)
         contents.append((folder / "model.safetensors").read_bytes())
     assert contents[0] == contents[1] != contents[2]
 
 
 def test_a_difference_from_the_file_is_seen_and_refused(tmp_path, bench, monkeypatch, capsys):
-    bench.write_checkpoint(tmp_path, "smoke", seed=0)
+    bench.write_checkpoint(tmp_path, "tiny", seed=0)
     model = bench.load(tmp_path)
     assert bench.differing_tensors(model, tmp_path) == []
     weight = model.model.layers[1].mlp.up_proj.weight
@@ -89,7 +89,7 @@ def test_a_difference_from_the_file_is_seen_and_refused(tmp_path, bench, monkeyp
 def test_written_mapped_pages_are_counted(tmp_path, bench):
     if not Path("/proc/self/smaps").exists():
         pytest.skip("written pages are read from Linux' /proc")
-    bench.write_checkpoint(tmp_path, "smoke", seed=0)
+    bench.write_checkpoint(tmp_path, "tiny", seed=0)
     paths = bench.weight_files(tmp_path)
     model = bench.load(tmp_path)
     bench.touch(model)
