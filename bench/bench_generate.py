@@ -31,6 +31,7 @@ from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import load_model
+from llama_fast.ops import select_backend
 
 _CHECKED_TOKENS = 16
 # Twice the 1e-4 by which fp32 logits may differ from transformers'.
@@ -209,7 +210,8 @@ def run(args: argparse.Namespace, folder: Path, label: str) -> int:
                     f"p90 {rate.p90:,.1f}), {100 * share:.1f}% of the bound"
                 )
             bar.update()
-    asked = {name: getattr(args, name) for name in ("backend", "prompt_len", "output_len", "repeats")}
+    asked = {name: getattr(args, name) for name in ("prompt_len", "output_len", "repeats")}
+    asked["backend"] = select_backend(args.backend, model.device).__name__.rpartition(".")[2]
     machine = {"read_bytes_per_s": bandwidth, "linear_flops_per_s": flops}
     measured = {"checks": checks, "weight_bytes": weight_bytes, **machine, "tokens_per_s": results}
     print_json(
