@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_fast import __version__
-from llama_fast.errors import GenerationInterrupted, LlamaFastError, NonFiniteLogitsError, RequestError
+from llama_fast.errors import GenerationInterrupted, LlamaFastError, RequestError
 
 if TYPE_CHECKING:
     from llama_fast.engine.llm import LLM
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("llama-fast: interrupted", file=sys.stderr)
@@ -94,13 +95,23 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--quiet", action="store_true", help="nothing on stderr but errors and warnings")
         command.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
-        command.add_argument("--dtype", help="bfloat16, float16, float32 or float64 (default: the model's)")
-        command.add_argument("--backend", default="auto", help="auto, reference, cpu or gpu (default: %(default)s)")
+        dtypes = ("auto", "bfloat16", "float16", "float32", "float64")
+        command.add_argument("--dtype", choices=dtypes, default="auto", help="default: the model's")
+        backends = ("auto", "reference", "cpu", "gpu")
+        command.add_argument("--backend", choices=backends, default="auto", help="default: %(default)s")
+        command.add_argument("--revision", help="branch, tag or commit of a hub id")
         return command
 
     _add_generate(add)
     _add_perplexity(add)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive integer")
+    return value
 
 
 def _add_generate(add: Callable[..., Any]) -> None:
@@ -114,7 +125,7 @@ def _add_generate(add: Callable[..., Any]) -> None:
     command.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; - or none: read stdin")
     command.add_argument("--file", help="file with the prompt; - is stdin")
     command.add_argument("--model", help="checkpoint folder or hub id owner/name (default: the bundled demo model)")
-    command.add_argument("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together")
+    command.add_argument("--max-seq-len", type=_positive, metavar="N", help="most tokens of prompt and answer together")
     command.add_argument("--no-echo", action="store_true", help="print the continuation without its prompt")
     # Destinations are the fields of SamplingParams.
     group = command.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
@@ -138,7 +149,7 @@ def _generate(args: argparse.Namespace) -> int:
     from llama_fast.engine.sampling import SamplingParams
 
     given = (args.prompt is not None) + (args.file is not None)
-    if given == 2 or (given == 0 and sys.stdin.isatty()):
+    if given == 2 or (given == 0 and (sys.stdin is None or sys.stdin.isatty())):
         args.usage_error("give one prompt: as PROMPT, in --file FILE, or on stdin")
     if args.logprobs is not None and not args.json:
         args.usage_error("--logprobs is shown in JSON only; add --json")
@@ -158,8 +169,7 @@ def _generate(args: argparse.Namespace) -> int:
         from llama_fast.demo import PATH
 
         args.model = str(PATH)
-    where = {"device": args.device, "dtype": args.dtype, "backend": args.backend}
-    llm = LLM(args.model, max_batch=params.n, max_seq_len=args.max_seq_len, **where)
+    llm = LLM(args.model, max_batch=params.n, max_seq_len=args.max_seq_len, **_where(args))
     if args.json or params.n > 1:
         output, interrupted = _run(llm, prompt, params)
         _print_output(args, output)
@@ -170,12 +180,19 @@ def _generate(args: argparse.Namespace) -> int:
     return _INTERRUPTED if interrupted else 0
 
 
+def _where(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of LLM that every command has."""
+    return {name: getattr(args, name) for name in ("device", "dtype", "backend", "revision")}
+
+
 def _text(source: str, data: bytes | None = None) -> str:
     """All of a UTF-8 file, of stdin for "-", or `data` under the name `source`."""
-    if data is None:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    if source == "-":
+        source, data = "stdin", b"" if sys.stdin is None else sys.stdin.buffer.read()
+    elif data is None:
+        data = Path(source).read_bytes()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put before UTF-8
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise RequestError(f"{source} is not UTF-8: {byte}; convert it, for example with iconv") from error
@@ -190,13 +207,14 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[
     pieces: list[str] = []
     token_ids: list[int] = []
     finish_reason: FinishReason | None = None
+    error: LlamaFastError | None = None
     head, interrupted = prompt if echo else "", False
     chunks = llm.stream(prompt, params)
     try:
         for chunk in chunks:
             metrics.first_token = metrics.first_token or time.monotonic()
             token_ids += chunk.token_ids
-            finish_reason = chunk.finish_reason
+            finish_reason, error = chunk.finish_reason, chunk.error
             if chunk.text:
                 pieces.append(chunk.text)
                 text, head = head + chunk.text, ""
@@ -210,8 +228,8 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[
             pieces, token_ids, finish_reason = [known.text], known.token_ids, known.finish_reason
     metrics.finished = time.monotonic()
     print(head, flush=True)
-    if finish_reason == "error":
-        raise NonFiniteLogitsError("the logits hold NaN or no finite value; check the weights, or use --dtype float32")
+    if error is not None:
+        raise error
     sample = CompletionOutput(0, "".join(pieces), token_ids, None, finish_reason)
     return RequestOutput(prompt, prompt_ids, None, [sample], metrics), interrupted
 
@@ -222,7 +240,6 @@ def _run(llm: LLM, prompt: str, params: SamplingParams) -> tuple[RequestOutput, 
         output, interrupted = llm.generate([prompt], params, use_tqdm=False)[0], False
     except GenerationInterrupted as interrupt:
         output, interrupted = interrupt.outputs[0], True  # type: ignore[index]
-        output.metrics.finished = output.metrics.finished or time.monotonic()
     if output.error is not None:
         raise output.error
     return output, interrupted
@@ -270,8 +287,12 @@ def _add_perplexity(add: Callable[..., Any]) -> None:
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id owner/name")
     command.add_argument("text_file", metavar="TEXT_FILE", help="UTF-8 text; - is stdin")
-    command.add_argument("--context", type=int, metavar="N", help="tokens a window (default: the model's, up to 2048)")
-    command.add_argument("--stride", type=int, metavar="N", help="1 to context - 1 (default: context - 1, no overlap)")
+    command.add_argument(
+        "--context", type=_positive, metavar="N", help="tokens a window (default: the model's, up to 2048)"
+    )
+    command.add_argument(
+        "--stride", type=_positive, metavar="N", help="1 to context - 1 (default: context - 1, no overlap)"
+    )
 
 
 def _perplexity(args: argparse.Namespace) -> int:
@@ -279,7 +300,7 @@ def _perplexity(args: argparse.Namespace) -> int:
 
     from llama_fast.engine.perplexity import load_for_perplexity, perplexity
 
-    llm = load_for_perplexity(args.model, args.context, device=args.device, dtype=args.dtype, backend=args.backend)
+    llm = load_for_perplexity(args.model, args.context, **_where(args))
     progress = False if args.quiet else None
     result = perplexity(llm, text, context=args.context, stride=args.stride, show_progress=progress)
     told = {"model": args.model, "file": args.text_file, **asdict(result)}

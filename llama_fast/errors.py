@@ -38,7 +38,7 @@ class TokenizerFileError(LlamaFastError, ValueError):
 
 
 class TemplateError(LlamaFastError, ValueError):
-    """A chat template is malformed, unsafe or exceeds its limits."""
+    """A chat template is malformed, fails or leaves its sandbox."""
 
 
 class RequestError(LlamaFastError, ValueError):

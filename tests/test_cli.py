@@ -295,10 +295,9 @@ def test_no_prompt_on_a_terminal(run, capsys, monkeypatch):
         (["--model=/no/such/folder"], "/no/such/folder"),
         (["--max-tokens=3000"], "max_tokens=3000 exceed"),
         (["-n=2"], "n=2 with greedy"),
-        (["--dtype=int3"], "dtype='int3'"),
-        (["--backend=magic"], "backend='magic'"),
         (["--device=abacus"], "device='abacus'"),
-        (["--max-seq-len=0"], "max_seq_len=0"),
+        (["--device=meta"], "device='meta'"),
+        (["--device=mps"], "device='mps'"),
     ],
 )
 def test_error_is_one_line(run, args, message):
@@ -307,6 +306,36 @@ def test_error_is_one_line(run, args, message):
     assert err.startswith("llama-fast: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "argument", ["--dtype=int3", "--backend=magic", "--max-seq-len=0", "--max-seq-len=many", "--top-p=0", "--colour"]
+)
+def test_wrong_usage_exits_with_2(run, capsys, argument):
+    with pytest.raises(SystemExit, match="2"):
+        run("abc", argument)
+    err = capsys.readouterr().err
+    assert err.startswith("usage: llama-fast")
+    assert argument.partition("=")[0].strip("-") in err.replace("_", "-")
+
+
+def test_the_byte_order_mark_of_an_editor_is_no_text(run, tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfabc")
+    told = json.loads(run("--file", str(tmp_path / "marked.txt"), "--json", "--max-tokens=1")[1])
+    assert told["prompt"] == "abc"
+
+
+def test_python_m_llama_fast_is_the_command():
+    told = subprocess.run([sys.executable, "-m", "llama_fast", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout == f"llama-fast {llama_fast.__version__}\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_stream_is_no_crash(closed):
+    command = f"{sys.executable} -m llama_fast generate abc --max-tokens 2 --seed 1 {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
 
 
 def test_unusable_prompt_files(run, tmp_path):
@@ -402,7 +431,7 @@ def test_perplexity_of_stdin(run, text_file, monkeypatch):
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["--context=1"], "context=1"), (["--context=-1"], "max_seq_len=-1"), (["--stride=2048"], "stride=2048")],
+    [(["--context=1"], "context=1"), (["--stride=2048"], "stride=2048")],
 )
 def test_perplexity_errors(run, text_file, args, message):
     status, out, err = run(str(text_file), *args, command="perplexity")

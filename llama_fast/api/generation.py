@@ -95,6 +95,10 @@ class GeneratingLM(LlamaLM):
         defaults = self._call_defaults(do_sample, eos_token_id)
         pad_token_id = self._pad_token_id(pad_token_id, defaults)
         mask = self._prompt_mask(input_ids, attention_mask, pad_token_id, defaults)
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        ignored = [name for name, value in asked.items() if value]  # temperature=0 asks for what it gets
+        if ignored and not defaults.do_sample:
+            warnings.warn(f"no effect without do_sample=True: {', '.join(ignored)}", stacklevel=2)
         base_seed = None if seed is None else checked("seed", seed)
         new_tokens = self._new_token_budget(input_ids.shape[1], max_new_tokens, max_length, defaults)
         # A budget that nobody asked for ends with the context; one that was asked for may go beyond, with a warning.
@@ -140,7 +144,7 @@ class GeneratingLM(LlamaLM):
     ) -> GenerationDefaults:
         changes: dict[str, Any] = {}
         if do_sample is not None:
-            changes["do_sample"] = do_sample
+            changes["do_sample"] = checked("do_sample", do_sample)
         if eos_token_id is not None:
             given = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
             # -1 is a common way to say "none".
@@ -149,10 +153,14 @@ class GeneratingLM(LlamaLM):
 
     def _eos_token_ids(self, defaults: GenerationDefaults) -> list[int]:
         eos = self.config.eos_token_id if defaults.eos_token_id is None else defaults.eos_token_id
-        return eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return list(id_tuple("eos_token_id", None if eos == -1 else eos))
 
     def _pad_token_id(self, given: int | None, defaults: GenerationDefaults) -> int | None:
         """The pad token that somebody set, else the first eos, else None."""
+        if given is not None and (type(given) is not int or not 0 <= given < self.config.vocab_size):
+            raise RequestError(
+                f"pad_token_id={given!r} is not an id of the vocabulary, 0 to {self.config.vocab_size - 1}"
+            )
         for candidate in (given, defaults.pad_token_id, self.config.pad_token_id, *self._eos_token_ids(defaults)):
             if candidate is not None and candidate >= 0:  # old files say -1 for "none"
                 return candidate

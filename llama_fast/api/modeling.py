@@ -15,7 +15,7 @@ from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupp
 from llama_fast.api.generation import GeneratingLM
 from llama_fast.api.outputs import CausalLMOutputWithPast
 from llama_fast.engine.sampling import GenerationDefaults
-from llama_fast.errors import RequestError, UnsupportedError
+from llama_fast.errors import CheckpointIOError, RequestError, UnsupportedError
 from llama_fast.model.batch import Batch
 from llama_fast.model.checkpoint import find_folder, save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
@@ -47,6 +47,7 @@ class LlamaForCausalLM(GeneratingLM):
         cache_dir: str | Path | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        **unsupported: Any,
     ) -> Self:
         """Load a checkpoint folder or hub id.
 
@@ -58,8 +59,10 @@ class LlamaForCausalLM(GeneratingLM):
             revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
         Raises:
-            ConfigError, CheckpointError, UnsupportedError, BackendError: see errors.py.
+            ConfigError, CheckpointError, BackendError: see errors.py.
+            UnsupportedError: an argument of the page that is not supported yet, by name.
         """
+        refuse_unsupported("from_pretrained", unsupported)
         folder = find_folder(
             pretrained_model_name_or_path,
             revision=revision,
@@ -76,7 +79,10 @@ class LlamaForCausalLM(GeneratingLM):
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json, generation_config.json and the weights, as safetensors shards of `max_shard_size`."""
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointIOError(f"{folder}: no folder can be made there: {error.strerror}") from error
         self.config.dtype = self.dtype
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
@@ -115,6 +121,8 @@ class LlamaForCausalLM(GeneratingLM):
         """
         refuse_unsupported("LlamaForCausalLM.forward", unsupported)
         self._check_forward(input_ids, position_ids, labels)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise RequestError("labels need the logits of every position: leave logits_to_keep at 0")
         kept = kept_tokens(input_ids, attention_mask)
         if position_ids is not None and attention_mask is None and (position_ids.diff() < 0).any():
             raise UnsupportedError("position_ids that restart (packed sequences) are not supported yet; pad the rows")
@@ -147,8 +155,11 @@ class LlamaForCausalLM(GeneratingLM):
         shape, vocab_size = tuple(input_ids.shape), self.config.vocab_size
         if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
             raise RequestError(f"input_ids hold an id outside the vocabulary, 0 to {vocab_size - 1}")
-        if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
-            raise RequestError(f"position_ids has shape {tuple(position_ids.shape)}; input_ids has {shape}")
+        if position_ids is not None:
+            if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+                raise RequestError(f"position_ids has shape {tuple(position_ids.shape)}; input_ids has {shape}")
+            if position_ids.is_floating_point() or position_ids.min() < 0:
+                raise RequestError("position_ids must be integers from 0")
         if labels is not None:
             if tuple(labels.shape) != shape or labels.dtype != torch.int64:
                 raise RequestError(
@@ -196,7 +207,5 @@ class LlamaForCausalLM(GeneratingLM):
 
 def _causal_loss(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
     """Mean cross entropy of position t's logits against label t+1; NaN when no label counts, as on the page."""
-    if labels.shape[1] != logits.shape[1]:
-        raise RequestError(f"labels need the logits of every position; got logits_to_keep={logits.shape[1]}")
     targets = labels[:, 1:].masked_fill(~kept[:, :-1], _IGNORED_LABEL)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=_IGNORED_LABEL)

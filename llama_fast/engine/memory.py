@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Where the system does not say how much is free.
 _UNKNOWN = 4 << 30
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def cache_size(
@@ -70,6 +71,9 @@ def free_bytes(device: torch.device) -> int:
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         logger.info("no /proc/meminfo here; a cache without cache_bytes is sized for %d free bytes", _UNKNOWN)
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit in it
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or no limit in it
+        stat = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        page_cache = int(stat["active_file"]) + int(stat["inactive_file"])
+        used = int((_CONTROL_GROUP / "memory.current").read_text()) - page_cache
+        limits.append(int((_CONTROL_GROUP / "memory.max").read_text()) - used)
     return max(0, min(limits, default=_UNKNOWN))

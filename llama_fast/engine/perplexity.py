@@ -29,6 +29,10 @@ from llama_fast.model.checkpoint import find_folder
 MAX_DEFAULT_CONTEXT = 2048
 
 
+# exp of more is no finite number.
+_LARGEST_EXPONENT = 709
+
+
 @dataclass(frozen=True)
 class PerplexityResult:
     """How well a text was predicted.
@@ -67,18 +71,23 @@ class _Window:
     first_scored: int
 
 
-def load_for_perplexity(model: str | Path, context: int | None = None, **options: Any) -> LLM:
+def load_for_perplexity(
+    model: str | Path, context: int | None = None, *, revision: str | None = None, **options: Any
+) -> LLM:
     """An LLM with a cache for windows of `context` tokens only; the model's whole context may need far more.
 
     Args:
         model: checkpoint folder or hub id.
         context: as in `perplexity`.
+        revision: of a hub id.
         options: further arguments of `LLM`.
 
     Raises:
         As `LLM` does.
     """
-    folder = find_folder(model)
+    if context is not None and context < 2:
+        raise RequestError(f"context={context} must be at least 2: a token is scored behind another one")
+    folder = find_folder(model, revision=revision)
     limit = LlamaConfig.from_pretrained(folder).max_position_embeddings
     return LLM(folder, max_seq_len=min(limit, MAX_DEFAULT_CONTEXT) if context is None else context, **options)
 
@@ -128,9 +137,10 @@ def perplexity(
             sums += _negative_log_likelihoods(llm, group)
             bar.update(sum(len(window.token_ids) - window.first_scored for window in group))
     total = math.fsum(sums)
+    mean = total / num_tokens
     num_bytes = len(text.encode("utf-8"))
     return PerplexityResult(
-        perplexity=math.exp(total / num_tokens),
+        perplexity=math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf,
         bits_per_byte=total / math.log(2) / num_bytes,
         negative_log_likelihood=total,
         num_tokens=num_tokens,

@@ -128,7 +128,9 @@ class SamplingParams:
         if greedy and self.n > 1:
             raise RequestError(f"n={self.n} with greedy decoding gives {self.n} equal texts; set temperature, or n=1")
         top_k = 0 if greedy else _first(self.top_k, defaults.top_k, 0)
-        eos = None if self.ignore_eos else _first(defaults.eos_token_id, config_eos_token_id, ())
+        # Old config.json files say -1 for "none".
+        config_eos = None if config_eos_token_id == -1 else config_eos_token_id
+        eos = None if self.ignore_eos else _first(defaults.eos_token_id, config_eos, ())
         end_ids = {*id_tuple("eos_token_id", eos), *(self.stop_token_ids or ())}
         # Some files name an eos that the embedding lacks: it cannot be drawn.
         stop_token_ids = frozenset(token_id for token_id in end_ids if token_id < vocab_size)

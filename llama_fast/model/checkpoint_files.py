@@ -116,7 +116,7 @@ def find_folder(
     except LocalEntryNotFoundError as error:
         raise CheckpointPathError(
             f"no folder {shown(repo_id)!r}, no cached copy of that hub id, and the hub was not asked or not "
-            f"reachable; {accepted}, or connect (local_files_only={local_files_only})"
+            f"reachable; {accepted}, or {'pass local_files_only=False' if local_files_only else 'connect'}"
         ) from error
     except (HTTPError, OSError) as error:
         raise CheckpointPathError(

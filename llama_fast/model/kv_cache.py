@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.config import LlamaConfig
-from llama_fast.errors import RequestError
+from llama_fast.errors import OutOfMemoryError, RequestError
 
 # The unit of allocation and of the kernels' key tile.
 PAGE_SIZE = 64
@@ -45,6 +45,7 @@ class PagedKVCache:
 
     Raises:
         RequestError: a size is not positive, or split_size is not a multiple of page_size.
+        OutOfMemoryError: the pool cannot be allocated.
     """
 
     def __init__(
@@ -68,12 +69,16 @@ class PagedKVCache:
         self.num_pages = num_pages
         # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
         # Never in inference mode: the pool outlives the call that makes it.
+        shape = (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim)
         with torch.inference_mode(False):
-            self.pool = torch.empty(
-                (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim),
-                dtype=dtype,
-                device=device,
-            )
+            try:
+                self.pool = torch.empty(shape, dtype=dtype, device=device)
+            except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one too
+                size = num_pages * self.page_bytes(config, page_size, dtype)
+                raise OutOfMemoryError(
+                    f"the KV cache of {num_pages} pages, {size} bytes, cannot be allocated on {device}; "
+                    "lower cache_bytes, max_batch or max_seq_len"
+                ) from error
 
     @staticmethod
     def page_bytes(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:

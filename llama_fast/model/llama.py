@@ -125,12 +125,10 @@ class LlamaLM(nn.Module):
         config: the model's configuration. Weights are random (see `init_weights`), or absent on the meta device.
     """
 
-    decoder_class: type[LlamaDecoder] = LlamaDecoder
-
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = self.decoder_class(config)
+        self.model = LlamaDecoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -24,11 +24,16 @@ def pick_device(device: str | int | torch.device | None) -> torch.device:
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked = torch.device(device)
-    except RuntimeError as error:
+        picked = torch.device("cuda", device) if type(device) is int else torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise BackendError(f"device={device!r} is not a device; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device={device!r}: PyTorch sees no CUDA device on this machine; use device='cpu'")
+    if picked.type == "meta":
+        raise BackendError("device='meta' holds no weights; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    try:
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BackendError(f"device={device!r} cannot be used on this machine ({reason}); use device='cpu'") from error
     return picked
 
 

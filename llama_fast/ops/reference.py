@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from llama_fast.model.llama import RMSNorm
 
 __all__ = [
-    "PREFILL_EQUALS_DECODE",
     "attention",
     "copy_pages",
     "embed",
@@ -43,9 +42,6 @@ __all__ = [
     "sample",
     "silu_mul",
 ]
-
-# A token gets the same bits as prompt and as generated token, so both may share a launch and their pages.
-PREFILL_EQUALS_DECODE = True
 
 # Rows of the LM head widened to fp32 at a time, few enough to stay in cache: at 128256 x 2048 on 2 cores 512 rows took
 # 92 ms a token, 4096 rows 141 ms.

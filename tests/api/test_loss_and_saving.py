@@ -109,7 +109,7 @@ def test_unsupported_arguments_are_refused_by_name(tmp_path, name):
         ({"labels": torch.tensor([[1, 2, 3]])}, "labels must be"),
         ({"attention_mask": torch.ones(2, 2)}, "attention_mask has shape"),
         ({"position_ids": torch.arange(3)[None]}, "position_ids has shape"),
-        ({"labels": torch.tensor([[1, 2]]), "logits_to_keep": 1}, "logits_to_keep=1"),
+        ({"labels": torch.tensor([[1, 2]]), "logits_to_keep": 1}, "leave logits_to_keep at 0"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(tmp_path, options, message):

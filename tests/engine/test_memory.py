@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llama_fast.engine import memory
+from llama_fast.engine.engine import Engine
 from llama_fast.engine.memory import cache_size, free_bytes
 from llama_fast.errors import OutOfMemoryError
 from tests.tiny import make_model
@@ -62,3 +63,19 @@ def test_free_bytes_is_what_the_system_says():
     with open("/proc/meminfo", encoding="ascii") as file:
         total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
     assert 0 < free_bytes(torch.device("cpu")) <= total
+
+
+def test_L09_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nactive_file 250000\ninactive_file 50000\n")
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    # 400,000 are taken: the page cache can be dropped.
+    assert free_bytes(torch.device("cpu")) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 600_000
+
+
+def test_L01_a_pool_that_cannot_be_allocated_says_so(tiny):
+    with pytest.raises(OutOfMemoryError, match="cannot be allocated on cpu; lower cache_bytes"):
+        Engine(tiny, cache_bytes=1 << 55)

@@ -92,10 +92,11 @@ def test_any_thread_count_keeps_batch_and_solo_equal(model, num_threads):
         torch.set_num_threads(threads)
 
 
-def test_negative_control_plain_linear_breaks_it(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negative_control_plain_linear_breaks_it(monkeypatch, dtype):
     """The same comparison with F.linear on whatever rows there are must fail, or it proves nothing."""
     # Heights 1 and 17 take different kernels in fp32 at ordinary widths.
-    model = make_model(hidden_size=64, intermediate_size=128)
+    model = make_model(dtype, hidden_size=64, intermediate_size=128)
     monkeypatch.setattr(reference, "_matmul", lambda x, weight, bias: F.linear(x, weight, bias))
     expected = {key: value for index in (2, 9, 14) for key, value in _run(model, [index]).items()}
     with pytest.raises(AssertionError):

@@ -584,7 +584,7 @@ def test_F1_hub_id_from_the_cache(hub_cache, state):
 
 
 def test_F1_hub_id_that_is_not_cached(hub_cache):
-    with pytest.raises(CheckpointPathError, match=r"no cached copy of that hub id.*or connect"):
+    with pytest.raises(CheckpointPathError, match=r"no cached copy of that hub id.*or pass local_files_only=False"):
         find_folder("owner/other", cache_dir=hub_cache, local_files_only=True)
 
 
