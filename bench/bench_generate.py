@@ -29,6 +29,7 @@ from llama_fast.engine.engine import DEFAULT_PREFILL_CHUNK, Engine
 from llama_fast.engine.outputs import PositionLogprobs
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
+from llama_fast.errors import LlamaFastError
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import load_model
 from llama_fast.ops import select_backend
@@ -249,14 +250,19 @@ def main() -> int:
     if args.output_len <= prefill_steps:
         parser.error(f"--output-len {args.output_len}: give at least {prefill_steps + 1}, or no step is all decode")
     if args.threads is not None:
+        if args.threads < 1:
+            parser.error(f"--threads {args.threads}: give at least 1")
         torch.set_num_threads(args.threads)
-    if args.shape is None and not args.smoke:
-        folder = args.model or demo.PATH
-        return run(args, folder, "demo" if args.model is None else str(folder))
-    shape = args.shape or "tiny"
-    with tempfile.TemporaryDirectory(prefix="bench_generate_") as folder:
-        write_checkpoint(Path(folder), shape, args.seed)
-        return run(args, Path(folder), shape)
+    try:
+        if args.shape is None and not args.smoke:
+            folder = args.model or demo.PATH
+            return run(args, folder, "demo" if args.model is None else str(folder))
+        shape = args.shape or "tiny"
+        with tempfile.TemporaryDirectory(prefix="bench_generate_") as folder:
+            write_checkpoint(Path(folder), shape, args.seed)
+            return run(args, Path(folder), shape)
+    except LlamaFastError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -237,6 +237,9 @@ def main() -> int:
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: give at least 1")
 
+    if args.model and not args.model.is_dir():
+        parser.error(f"--model {args.model} is not a folder")
+
     if args.fresh:
         print(json.dumps(_FRESH[args.fresh](args.model)))
         return 0

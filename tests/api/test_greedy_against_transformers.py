@@ -41,8 +41,10 @@ MODELS = {
 }
 
 
-def test_more_than_2000_tokens_are_compared():
-    assert len(MODELS) * len(PROMPT_LENS) * NEW_TOKENS >= 2000
+@pytest.fixture(scope="module")
+def compared_tokens():
+    """Tokens compared for each model, near-ties not counted."""
+    return []
 
 
 def load_both(fields, folder):
@@ -56,11 +58,18 @@ def random_prompts(lengths, vocab_size=97):
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
-def test_G9_greedy_tokens_equal(tmp_path, fields):
+def test_G9_greedy_tokens_equal(tmp_path, fields, compared_tokens):
     ours, theirs = load_both(fields, tmp_path)
     together = fields["rope_parameters"]["rope_type"] not in DEPENDS_ON_BATCH
     compared, excused = compare_greedy(ours, theirs, random_prompts(PROMPT_LENS), NEW_TOKENS, together=together)
     assert compared + excused == len(PROMPT_LENS) * NEW_TOKENS
+    compared_tokens.append(compared)
+
+
+def test_G9_more_than_2000_tokens_were_equal(compared_tokens):
+    if len(compared_tokens) < len(MODELS):
+        pytest.skip("counts the tokens of all models; not all of them ran before it, or passed")
+    assert sum(compared_tokens) >= 2000
 
 
 def test_R3_dynamic_generation_across_the_border(tmp_path):
