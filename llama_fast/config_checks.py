@@ -22,8 +22,8 @@ ACTIVATIONS = (
     *("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "laplace", "leaky_relu", "linear", "mish", "quick_gelu"),
     *("relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh"),
 )
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-DTYPES["float64"] = torch.float64
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 
 # The object itself marks "not given": a file's own 10000.0 that contradicts its rope_parameters must not pass.
 DEFAULT_ROPE_THETA = 10000.0

@@ -7,6 +7,7 @@ from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.model.llama import LlamaLM
+from llama_fast.ops import reference
 
 
 class RecordingEngine(Engine):
@@ -44,10 +45,15 @@ def make_model(dtype=torch.float32, seed=0, **changes):
         **changes,
     }
     torch.manual_seed(seed)
-    model = LlamaLM(LlamaConfig(**fields)).requires_grad_(False)
+    return randomize(LlamaLM(LlamaConfig(**fields))).to(dtype)
+
+
+def randomize(model):
+    """Weights that make logits differ clearly and norms do something."""
+    model.requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(0, 0.2) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
-    return model.to(dtype)
+    return model
 
 
 def make_request(model, prompt, index=0, *, max_seq_len=256, defaults=None, tokenizer=None, **params):
@@ -59,3 +65,16 @@ def make_request(model, prompt, index=0, *, max_seq_len=256, defaults=None, toke
         vocab_size=model.config.vocab_size,
     )
     return Request(None, list(prompt), resolved, tokenizer, index)
+
+
+def fail_at(monkeypatch, op_name, call, error):
+    """The `call`-th use of an op (from 1) raises `error`; Ctrl-C is a KeyboardInterrupt wherever Python stands."""
+    op, calls = getattr(reference, op_name), []
+
+    def failing(*args, **kwargs):
+        calls.append(op_name)
+        if len(calls) == call:
+            raise error("injected")
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(reference, op_name, failing)

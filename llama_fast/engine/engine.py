@@ -76,7 +76,9 @@ class Engine:
         context_len = model.model.rotary.context_len
         self.max_seq_len, pages = cache_size(model, max_batch, max_seq_len, cache_bytes, page_size)
         if self.max_seq_len > context_len:
-            logger.warning("max_seq_len=%d goes beyond the %d tokens the model is made for", max_seq_len, context_len)
+            logger.warning(
+                "max_seq_len=%d goes beyond the %d tokens the model is made for", self.max_seq_len, context_len
+            )
         self.model = model
         self.ops = select_backend(backend, model.device)
         self.max_batch = max_batch

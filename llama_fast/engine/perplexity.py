@@ -138,9 +138,11 @@ def perplexity(
             bar.update(sum(len(window.token_ids) - window.first_scored for window in group))
     total = math.fsum(sums)
     mean = total / num_tokens
+    if mean >= _LARGEST_EXPONENT:
+        raise NonFiniteLogitsError(f"{mean:.1f} nats per token is no finite perplexity; check the weights")
     num_bytes = len(text.encode("utf-8"))
     return PerplexityResult(
-        perplexity=math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf,
+        perplexity=math.exp(mean),
         bits_per_byte=total / math.log(2) / num_bytes,
         negative_log_likelihood=total,
         num_tokens=num_tokens,

@@ -208,8 +208,8 @@ def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str =
         if names.setdefault(id(parameter), name) == name:
             tensors[name] = parameter.detach()
     try:
-        if not isinstance(max_shard_size, str) and max_shard_size <= 0:
-            raise ValueError("must be positive")
+        if not isinstance(max_shard_size, str) and (type(max_shard_size) is not int or max_shard_size <= 0):
+            raise ValueError("must be a positive number of bytes")
         split = split_state_dict_into_shards_factory(
             tensors,
             get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),

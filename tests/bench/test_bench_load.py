@@ -1,6 +1,5 @@
 """bench/bench_load.py runs, checks what it times, and states its bound first."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,19 +11,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "bench_load.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The bench as a module; it finds timing.py beside itself, as when it is run."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_load", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
 
 
 def test_smoke_prints_the_bound_first_and_json_last():

@@ -27,7 +27,7 @@ from llama_fast.errors import (
     RequestError,
 )
 from llama_fast.ops import reference
-from tests.tiny import RecordingEngine, make_model, make_request
+from tests.tiny import RecordingEngine, fail_at, make_model, make_request
 
 PAGE, SPLIT = 8, 32  # small, so that short prompts cross pages and splits
 VOCAB = 97
@@ -603,19 +603,6 @@ def test_no_requests_no_steps(tiny):
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-def _fail_at(monkeypatch, op_name, call, error):
-    """The `call`-th use of an op (from 1) raises `error`."""
-    op, calls = getattr(reference, op_name), []
-
-    def failing(*args, **kwargs):
-        calls.append(op_name)
-        if len(calls) == call:
-            raise error("injected")
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(reference, op_name, failing)
-
-
 @pytest.mark.parametrize(
     ("op_name", "call"),
     [("embed", 1), ("norm_qkv_rope_cache", 2), ("copy_pages", 1), ("attention", 7), ("norm_lm_head", 4), ("sample", 5)],
@@ -627,7 +614,7 @@ def test_K04_an_interrupted_step_leaves_the_engine_as_new(tiny, monkeypatch, op_
     expected = engine.generate(_requests(tiny))
     requests = _requests(tiny)
     with monkeypatch.context() as patch:
-        _fail_at(patch, op_name, call, error)
+        fail_at(patch, op_name, call, error)
         with pytest.raises(error):
             _finish(engine, requests)
     for request in requests:
@@ -738,11 +725,6 @@ def test_metrics_are_filled_and_in_order(tiny):
 PAGE_BYTES = 2 * 2 * 2 * PAGE * 16 * 4
 
 
-def _weight_bytes(model):
-    """Mapped weights are free memory until they are read; the cache leaves room for them."""
-    return sum(parameter.numel() * 4 for parameter in model.parameters())
-
-
 @pytest.mark.parametrize(
     ("sizes", "free_bytes", "num_pages"),
     [
@@ -757,7 +739,7 @@ def _weight_bytes(model):
     ],
 )
 def test_cache_size(tiny, monkeypatch, sizes, free_bytes, num_pages):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: _weight_bytes(tiny) + free_bytes)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, weight_bytes: free_bytes)
     engine = Engine(tiny, page_size=PAGE, split_size=SPLIT, **sizes)
     assert engine.cache.num_pages == num_pages
     assert engine.cache.pool.nbytes == num_pages * PAGE_BYTES
@@ -769,7 +751,7 @@ def test_cache_that_holds_no_sequence(tiny, monkeypatch):
     sizes = {"max_seq_len": 20, "page_size": PAGE, "split_size": SPLIT}
     with pytest.raises(OutOfMemoryError, match=message):
         Engine(tiny, cache_bytes=3 * PAGE_BYTES - 1, **sizes)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: _weight_bytes(tiny) + 2 * (3 * PAGE_BYTES - 1))
+    monkeypatch.setattr(memory, "free_bytes", lambda device, weight_bytes: 2 * (3 * PAGE_BYTES - 1))
     with pytest.raises(OutOfMemoryError, match=message):
         Engine(tiny, **sizes)
     assert Engine(tiny, cache_bytes=3 * PAGE_BYTES - 1, **{**sizes, "max_seq_len": 16}).cache.num_pages == 2

@@ -23,6 +23,7 @@ from llama_fast.errors import (
 )
 from llama_fast.ops import reference
 from llama_fast.tokenizer import LlamaTokenizer
+from tests.tiny import fail_at, randomize
 from tests.tokenizer_samples import BUILT, NAMES, save_folder
 
 ENGINE = {"max_batch": 8, "page_size": 8, "split_size": 32}
@@ -53,10 +54,7 @@ def _build(folder, config_changes=None, **tokenizer_changes):
         **(config_changes or {}),
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.2) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
-    return model
+    return randomize(LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
@@ -424,19 +422,6 @@ def test_K03_open_stream_refuses_another_call_and_goes_on(llm):
 SHORT_LONG = [SamplingParams(max_tokens=3), SAMPLED, SamplingParams(max_tokens=10, temperature=1.0, seed=2, n=2)]
 
 
-def _fail_at(monkeypatch, op_name, call, error):
-    """The `call`-th use of an op (from 1) raises `error`; Ctrl-C is a KeyboardInterrupt wherever Python stands."""
-    op, calls = getattr(reference, op_name), []
-
-    def failing(*args, **kwargs):
-        calls.append(op_name)
-        if len(calls) == call:
-            raise error("injected")
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(reference, op_name, failing)
-
-
 @pytest.mark.parametrize("streaming", [False, True], ids=["generate", "stream"])
 @pytest.mark.parametrize(
     ("op_name", "call", "still_running"),
@@ -446,7 +431,7 @@ def test_K04_ctrl_c_keeps_what_was_generated(llm, monkeypatch, op_name, call, st
     """In the middle of a step; a step has 2 attentions, 4 residuals and gives each sample a token."""
     before = llm.generate(PROMPTS, SHORT_LONG)
     with monkeypatch.context() as patch:
-        _fail_at(patch, op_name, call, KeyboardInterrupt)
+        fail_at(patch, op_name, call, KeyboardInterrupt)
         with pytest.raises(GenerationInterrupted) as caught:
             list(llm.stream(PROMPTS, SHORT_LONG)) if streaming else llm.generate(PROMPTS, SHORT_LONG)
     assert isinstance(caught.value, KeyboardInterrupt)
@@ -493,7 +478,7 @@ def test_K01_closing_a_stream_early(llm, num_chunks):
 def test_error_in_a_step_leaves_the_engine_usable(llm, monkeypatch):
     before = _only(llm.generate("a", GREEDY))
     with monkeypatch.context() as patch:
-        _fail_at(patch, "attention", 5, RuntimeError)
+        fail_at(patch, "attention", 5, RuntimeError)
         with pytest.raises(RuntimeError, match="injected"):
             llm.generate("a", GREEDY)
     assert _only(llm.generate("a", GREEDY)) == before

@@ -7,8 +7,10 @@ import torch
 
 from llama_fast.engine import memory
 from llama_fast.engine.engine import Engine
-from llama_fast.engine.memory import cache_size, free_bytes
+from llama_fast.engine.memory import cache_size
 from llama_fast.errors import OutOfMemoryError
+from llama_fast.ops import device_memory
+from llama_fast.ops.device_memory import free_bytes
 from tests.tiny import make_model
 
 PAGE = 8
@@ -22,9 +24,14 @@ def tiny():
 
 
 def _free(monkeypatch, model, pages):
-    """So much memory that half of what the weights leave holds `pages`."""
+    """So much memory beside the weights that half of it holds `pages`."""
     weights = sum(p.numel() * 4 for p in model.parameters())
-    monkeypatch.setattr(memory, "free_bytes", lambda device: weights + 2 * pages * PAGE_BYTES)
+
+    def free_bytes(device, weight_bytes):
+        assert weight_bytes == weights
+        return 2 * pages * PAGE_BYTES
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
 
 
 def test_with_room_the_pool_holds_max_batch_sequences(tiny, monkeypatch):
@@ -62,18 +69,19 @@ def test_a_byte_budget_is_used_whole(tiny):
 def test_free_bytes_is_what_the_system_says():
     with open("/proc/meminfo", encoding="ascii") as file:
         total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
-    assert 0 < free_bytes(torch.device("cpu")) <= total
+    assert 0 < free_bytes(torch.device("cpu"), 0) <= total
 
 
 def test_L09_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 400000\nactive_file 250000\ninactive_file 50000\n")
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(device_memory, "_CONTROL_GROUP", tmp_path)
     # 400,000 are taken: the page cache can be dropped.
-    assert free_bytes(torch.device("cpu")) == 600_000
+    assert free_bytes(torch.device("cpu"), 0) == 600_000
+    assert free_bytes(torch.device("cpu"), 100_000) == 500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(torch.device("cpu")) > 600_000
+    assert free_bytes(torch.device("cpu"), 0) > 600_000
 
 
 def test_L01_a_pool_that_cannot_be_allocated_says_so(tiny):

@@ -157,3 +157,11 @@ def test_progress_is_shown_when_asked_for(llm, capsys):
     assert capsys.readouterr().err == ""
     perplexity(llm, TEXT, context=64, show_progress=True)
     assert "100%" in capsys.readouterr().err
+
+
+def test_a_perplexity_beyond_every_float_is_an_error(folder):
+    """JSON has no infinity, and a model that bad is broken."""
+    llm = LLM(folder)
+    llm.model.model.norm.weight.mul_(1e5)
+    with pytest.raises(NonFiniteLogitsError, match="nats per token"):
+        perplexity(llm, "abcd abcd")
