@@ -52,7 +52,7 @@ def run(folder, capsys):
 def start(*args, environment=None, **popen):
     """`llama-fast args` in a process of its own, with Ctrl-C as in a terminal."""
     return subprocess.Popen(
-        [sys.executable, "-m", "llama_fast.cli", *map(str, args)],
+        [sys.executable, "-m", "llama_fast", *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
@@ -392,7 +392,7 @@ def test_examples_of_help_are_accepted(capsys, command):
         if "--help" in words:
             assert _printed(capsys, *words)
         else:
-            assert cli._parser().parse_args(words).run in (cli._generate, cli._perplexity)
+            assert cli._parser().parse_args(words).run in (cli.generate.run, cli.perplexity.run)
 
 
 @pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"], ["generate", "x", "--top-p=2"]])

@@ -1,25 +1,17 @@
-"""The command `llama-fast`: one function a subcommand.
-
-Results go to stdout in UTF-8, everything else to stderr. Exit status: 0 done, 2 wrong usage, 130 interrupted (Ctrl-C),
-141 the reader of stdout went away, 1 any other error, told in one line; LLAMA_FAST_TRACEBACK=1 shows its traceback.
-"""
+"""llama-fast generate: continue one prompt."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_fast import __version__
+from llama_fast.cli.common import INTERRUPTED, add_command, add_where, positive, read_text, where
 from llama_fast.errors import GenerationInterrupted, LlamaFastError, RequestError
 
 if TYPE_CHECKING:
@@ -27,105 +19,29 @@ if TYPE_CHECKING:
     from llama_fast.engine.outputs import FinishReason, RequestOutput
     from llama_fast.engine.sampling import SamplingParams
 
-_INTERRUPTED = 130  # 128 + SIGINT
-
 _EXAMPLES = """examples:
-  llama-fast generate "Once upon a time"
-  llama-fast perplexity ./Llama-3.2-1B text.txt
-  llama-fast generate --help      all its options, more examples"""
-
-_GENERATE_EXAMPLES = """examples:
   llama-fast generate "Once upon a time"                a story from the bundled demo model
   llama-fast generate "The little dog" --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 100
   llama-fast generate --model ./Llama-3.2-1B --file prompt.txt --stop $'\\n\\n'
   echo "The capital of France is" | llama-fast generate --model ./Llama-3.2-1B --quiet
   llama-fast generate "Once upon a time" -n 3 --temperature 1 --json | jq -r '.outputs[].text'"""
 
-_PERPLEXITY_EXAMPLES = """examples:
-  llama-fast perplexity ./Llama-3.2-1B text.txt
-  llama-fast perplexity ./Llama-3.2-1B text.txt --context 1024 --stride 512
-  cat *.md | llama-fast perplexity ./Llama-3.2-1B - --json"""
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (argparse raises SystemExit for wrong usage and --help)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # also where the locale is C
-    args = _parser().parse_args(argv)
-    try:
-        status = args.run(args)
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("llama-fast: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at exit
-        return 141  # 128 + SIGPIPE
-    except (LlamaFastError, OSError) as error:
-        if os.environ.get("LLAMA_FAST_TRACEBACK") == "1":
-            raise
-        message = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
-        print(f"llama-fast: error: {message}", file=sys.stderr)
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llama-fast",
-        description="Llama inference with one answer: the same prompt, parameters and seed give the same tokens.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"llama-fast {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(run: Callable[[argparse.Namespace], int], usage: str, description: str, epilog: str) -> Any:
-        command = commands.add_parser(
-            usage.split()[0],
-            usage=f"llama-fast {usage}",
-            help=description.partition(".")[0],
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run, usage_error=command.error)
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-        command.add_argument("--quiet", action="store_true", help="nothing on stderr but errors and warnings")
-        command.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
-        dtypes = ("auto", "bfloat16", "float16", "float32", "float64")
-        command.add_argument("--dtype", choices=dtypes, default="auto", help="default: the model's")
-        backends = ("auto", "reference", "cpu", "gpu")
-        command.add_argument("--backend", choices=backends, default="auto", help="default: %(default)s")
-        command.add_argument("--revision", help="branch, tag or commit of a hub id")
-        return command
-
-    _add_generate(add)
-    _add_perplexity(add)
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive integer")
-    return value
-
-
-def _add_generate(add: Callable[..., Any]) -> None:
-    command = add(
-        _generate,
+def add(commands: Any) -> None:
+    """Add the subcommand to the parser."""
+    command = add_command(
+        commands,
         "generate [PROMPT] [options]",
         "Continue a prompt. Text is printed as it becomes final; a last line on stderr tells tokens and times.\n"
         "A line break at the end of a prompt from a file or stdin is dropped.",
-        _GENERATE_EXAMPLES,
+        _EXAMPLES,
     )
+    command.set_defaults(run=run)
+    add_where(command)
     command.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; - or none: read stdin")
     command.add_argument("--file", help="file with the prompt; - is stdin")
     command.add_argument("--model", help="checkpoint folder or hub id owner/name (default: the bundled demo model)")
-    command.add_argument("--max-seq-len", type=_positive, metavar="N", help="most tokens of prompt and answer together")
+    command.add_argument("--max-seq-len", type=positive, metavar="N", help="most tokens of prompt and answer together")
     command.add_argument("--no-echo", action="store_true", help="print the continuation without its prompt")
     # Destinations are the fields of SamplingParams.
     group = command.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
@@ -145,7 +61,8 @@ def _add_generate(add: Callable[..., Any]) -> None:
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log probabilities, also of the N best")
 
 
-def _generate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Print the continuation."""
     from llama_fast.engine.sampling import SamplingParams
 
     given = (args.prompt is not None) + (args.file is not None)
@@ -159,9 +76,9 @@ def _generate(args: argparse.Namespace) -> int:
     except RequestError as error:
         args.usage_error(str(error))
     if args.prompt in (None, "-"):
-        prompt = _text(args.file or "-").removesuffix("\n").removesuffix("\r")
+        prompt = read_text(args.file or "-").removesuffix("\n").removesuffix("\r")
     else:
-        prompt = _text("PROMPT", os.fsencode(args.prompt))
+        prompt = read_text("PROMPT", os.fsencode(args.prompt))
 
     from llama_fast.engine.llm import LLM
 
@@ -169,33 +86,15 @@ def _generate(args: argparse.Namespace) -> int:
         from llama_fast.demo import PATH
 
         args.model = str(PATH)
-    llm = LLM(args.model, max_batch=params.n, max_seq_len=args.max_seq_len, **_where(args))
+    llm = LLM(args.model, max_batch=params.n, max_seq_len=args.max_seq_len, **where(args))
     if args.json or params.n > 1:
-        output, interrupted = _run(llm, prompt, params)
+        output, interrupted = _all_samples(llm, prompt, params)
         _print_output(args, output)
     else:
         output, interrupted = _stream(llm, prompt, params, echo=not args.no_echo)
     if not args.quiet:
         print(_last_line(output, args.seed, interrupted), file=sys.stderr)
-    return _INTERRUPTED if interrupted else 0
-
-
-def _where(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of LLM that every command has."""
-    return {name: getattr(args, name) for name in ("device", "dtype", "backend", "revision")}
-
-
-def _text(source: str, data: bytes | None = None) -> str:
-    """All of a UTF-8 file, of stdin for "-", or `data` under the name `source`."""
-    if source == "-":
-        source, data = "stdin", b"" if sys.stdin is None else sys.stdin.buffer.read()
-    elif data is None:
-        data = Path(source).read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put before UTF-8
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
-        raise RequestError(f"{source} is not UTF-8: {byte}; convert it, for example with iconv") from error
+    return INTERRUPTED if interrupted else 0
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[RequestOutput, bool]:
@@ -234,7 +133,7 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[
     return RequestOutput(prompt, prompt_ids, None, [sample], metrics), interrupted
 
 
-def _run(llm: LLM, prompt: str, params: SamplingParams) -> tuple[RequestOutput, bool]:
+def _all_samples(llm: LLM, prompt: str, params: SamplingParams) -> tuple[RequestOutput, bool]:
     """All samples, and whether Ctrl-C ended them."""
     try:
         output, interrupted = llm.generate([prompt], params, use_tqdm=False)[0], False
@@ -275,38 +174,3 @@ def _last_line(output: RequestOutput, seed: int, interrupted: bool) -> str:
     found = zip(units, _metrics(output).values(), strict=True)
     line = ", ".join(unit.format(value) for unit, value in found if value is not None)
     return f"llama-fast: {'interrupted: ' if interrupted else ''}{line}, seed {seed}"
-
-
-def _add_perplexity(add: Callable[..., Any]) -> None:
-    command = add(
-        _perplexity,
-        "perplexity MODEL TEXT_FILE [options]",
-        "Score a text: perplexity per token, and bits per byte.\n"
-        "Windows of --context tokens move by --stride; each token is scored once, what windows share is context.",
-        _PERPLEXITY_EXAMPLES,
-    )
-    command.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id owner/name")
-    command.add_argument("text_file", metavar="TEXT_FILE", help="UTF-8 text; - is stdin")
-    command.add_argument(
-        "--context", type=_positive, metavar="N", help="tokens a window (default: the model's, up to 2048)"
-    )
-    command.add_argument(
-        "--stride", type=_positive, metavar="N", help="1 to context - 1 (default: context - 1, no overlap)"
-    )
-
-
-def _perplexity(args: argparse.Namespace) -> int:
-    text = _text(args.text_file)
-
-    from llama_fast.engine.perplexity import load_for_perplexity, perplexity
-
-    llm = load_for_perplexity(args.model, args.context, **_where(args))
-    progress = False if args.quiet else None
-    result = perplexity(llm, text, context=args.context, stride=args.stride, show_progress=progress)
-    told = {"model": args.model, "file": args.text_file, **asdict(result)}
-    print(json.dumps(told) if args.json else result)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

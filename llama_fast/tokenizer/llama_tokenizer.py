@@ -23,11 +23,11 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from llama_fast.chat_template import choose_template, read_chat_templates, render_chat, write_chat_templates
 from llama_fast.errors import RequestError, TokenizerFileError
-from llama_fast.token_stream import CLEAN_UP, TokenStream, checked_id, translated
+from llama_fast.tokenizer.chat_template import choose_template, read_chat_templates, render_chat, write_chat_templates
+from llama_fast.tokenizer.token_stream import CLEAN_UP, TokenStream, checked_id, translated
 
-__all__ = ["LlamaTokenizer", "TokenStream"]
+__all__ = ["LlamaTokenizer"]
 
 logger = logging.getLogger(__name__)
 
