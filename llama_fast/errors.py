@@ -1,12 +1,31 @@
 """Every error llama_fast raises on purpose, one type per kind.
 
-Each is a `LlamaFastError` and also the built-in it resembles, so `except ValueError` keeps working. Messages say
-what came, what is accepted and how to fix it.
+Each is a `LlamaFastError` and also the built-in it resembles, so `except ValueError` keeps working. Messages name the
+file, field or tensor, say what came, what is accepted and how to fix it. `http_status` is what a server answers with.
 """
+
+from collections.abc import Iterable
+
+_MAX_NAMES = 10  # listed in a message
+
+
+def shown(name: str) -> str:
+    """A name from a file as it may stand in a message: no control characters, no megabyte."""
+    text = name.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(shown(name) for name in names[:_MAX_NAMES]) + more
 
 
 class LlamaFastError(Exception):
     """Base of all errors raised on purpose by this package."""
+
+    http_status = 500
 
 
 class ConfigError(LlamaFastError, ValueError):
@@ -44,13 +63,19 @@ class TemplateError(LlamaFastError, ValueError):
 class RequestError(LlamaFastError, ValueError):
     """A generation request has an invalid field; refused before any work."""
 
+    http_status = 400
+
 
 class ContextLengthError(RequestError):
     """Prompt plus new tokens do not fit the context."""
 
+    code = "context_length_exceeded"
+
 
 class UnsupportedError(LlamaFastError, NotImplementedError):
     """Right, but not supported (yet); the message names the field."""
+
+    http_status = 400
 
 
 class BackendError(LlamaFastError, RuntimeError):
@@ -64,9 +89,65 @@ class KernelArgumentError(LlamaFastError, ValueError):
 class OutOfMemoryError(LlamaFastError, MemoryError):
     """Weights or cache do not fit; the message gives needed and available bytes."""
 
+    http_status = 503
+
 
 class NonFiniteLogitsError(LlamaFastError, ArithmeticError):
     """A request's logits contain NaN or infinity; nothing was sampled from them."""
+
+
+class AuthError(LlamaFastError, PermissionError):
+    """A key is missing or wrong."""
+
+    http_status = 401
+
+
+class ModelNotFoundError(LlamaFastError, LookupError):
+    """No model of that name is served here."""
+
+    http_status = 404
+
+
+class PayloadTooLargeError(LlamaFastError, ValueError):
+    """A request's body is larger than the limit, which the message names."""
+
+    http_status = 413
+
+
+class QueueFullError(LlamaFastError, RuntimeError):
+    """No further request is taken for now; come back after `retry_after_s` seconds."""
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class OverloadedError(LlamaFastError, RuntimeError):
+    """The engine cannot take requests: it is loading, overloaded or shutting down."""
+
+    http_status = 503
+
+
+class ShuttingDownError(OverloadedError):
+    """The engine finishes what runs and takes nothing new."""
+
+
+class RequestTimeoutError(LlamaFastError, TimeoutError):
+    """A request's deadline passed."""
+
+    http_status = 504
+
+
+class PeerLostError(LlamaFastError, ConnectionError):
+    """Another process of a distributed model is gone."""
+
+
+class EngineDeadError(LlamaFastError, RuntimeError):
+    """The engine met an error it cannot go on after; start a new process."""
+
+    http_status = 503
 
 
 class GenerationInterrupted(KeyboardInterrupt):

@@ -11,8 +11,7 @@ Ties    names that are one parameter in the module may be stored under any of th
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama_fast.errors import CheckpointIOError, CheckpointMismatchError, ConfigError, OutOfMemoryError
-from llama_fast.model.checkpoint_files import INDEX_FILE, CheckpointFiles, find_folder, listed, shown
+from llama_fast.errors import (
+    CheckpointIOError,
+    CheckpointMismatchError,
+    ConfigError,
+    OutOfMemoryError,
+    listed,
+    shown,
+)
+from llama_fast.files import written_whole
+from llama_fast.model.checkpoint_files import INDEX_FILE, CheckpointFiles, find_folder
 
 __all__ = ["CheckpointFiles", "LoadReport", "find_folder", "load_weights", "save_weights"]
 
@@ -227,12 +234,12 @@ def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str =
         for file_name, in_file in split.filename_to_tensors.items():
             shard = {name: tensors[name].contiguous() for name in in_file}
             path = folder / file_name
-            with _renamed_when_whole(path) as temporary:
+            with written_whole(path) as temporary:
                 save_file(shard, temporary, metadata={"format": "pt"})
             written.append(path)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            with _renamed_when_whole(folder / INDEX_FILE) as temporary:
+            with written_whole(folder / INDEX_FILE) as temporary:
                 temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             written.append(folder / INDEX_FILE)
         for path in sorted(folder.iterdir()):
@@ -241,17 +248,3 @@ def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str =
     except (OSError, SafetensorError) as error:
         raise CheckpointIOError(f"saving weights to {folder} failed: {error}") from error
     return written
-
-
-@contextmanager
-def _renamed_when_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place when the block ends well and is removed when not."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files private; a checkpoint follows the umask
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

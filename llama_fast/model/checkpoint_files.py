@@ -12,7 +12,7 @@ Files are `model.safetensors`, else `model.safetensors.index.json` and the shard
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -21,12 +21,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama_fast.errors import CheckpointFormatError, CheckpointIOError, CheckpointMismatchError, CheckpointPathError
+from llama_fast.errors import (
+    CheckpointFormatError,
+    CheckpointIOError,
+    CheckpointMismatchError,
+    CheckpointPathError,
+    listed,
+    shown,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 10 * 2**20  # a 405B model's index is 0.1 MB; a file this large is not an index
-_MAX_NAMES = 10  # listed in a message
 
 # What the bytes of the safetensors format's dtype codes are; codes not listed (sub-byte, complex) hold no Llama weight.
 _DTYPES = {
@@ -200,19 +206,6 @@ class CheckpointFiles:
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointIOError(f"tensor {shown(name)!r} cannot be mapped: {error}") from error
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
-
-
-def shown(name: str) -> str:
-    """A name from a file as it may stand in a message: no control characters, no megabyte."""
-    text = name.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= 120 else f"{text[:120]}..."
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(shown(name) for name in names[:_MAX_NAMES]) + more
 
 
 def _open(path: Path) -> Any:

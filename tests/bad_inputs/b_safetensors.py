@@ -1,0 +1,1 @@
+"""B: one safetensors file."""

@@ -1,0 +1,1 @@
+"""C: shards and their index."""

@@ -1,0 +1,1 @@
+"""D: tokenizer files, text and ids."""

@@ -1,0 +1,1 @@
+"""E: chat templates and conversations."""

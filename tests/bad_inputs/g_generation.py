@@ -1,0 +1,1 @@
+"""G: the arguments of a generation request."""

@@ -1,0 +1,1 @@
+"""H: the KV cache and its limits."""
