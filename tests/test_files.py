@@ -84,7 +84,8 @@ def test_written_whole_or_not_at_all(tmp_path):
             temporary.write_text("half")
             raise KeyError
 
-    pytest.raises(KeyError, fail_half_way)
+    with pytest.raises(KeyError):
+        fail_half_way()
     assert path.read_text() == "old"
     with written_whole(path) as temporary:
         temporary.write_text("new")
