@@ -1,14 +1,14 @@
 """Checkpoints: from a folder of safetensors to a module's parameters, and back.
 
-Nothing is copied on the CPU: parameters are views of the mapped files (see checkpoint_files.py), so an optimizer step
-or any in-place write changes the parameter and never the file.
+Either nothing is copied on the CPU: parameters are views of the mapped files (see checkpoint_files.py), so an optimizer
+step or any in-place write changes the parameter and never the file. Or all is read into memory, and nothing of the
+files is used afterwards. The bits are the same.
 
 Names   those of transformers, with or without the base model's prefix `model.`, whichever the module has.
 Dtypes  F64, F32, F16 and BF16 weights. Quantized checkpoints are refused.
 Ties    names that are one parameter in the module may be stored under any of them; stored twice they must be equal.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,34 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from llama_fast.errors import (
-    CheckpointIOError,
-    CheckpointMismatchError,
-    ConfigError,
-    OutOfMemoryError,
-    listed,
-    shown,
-)
-from llama_fast.files import written_whole
-from llama_fast.model.checkpoint_files import INDEX_FILE, CheckpointFiles, find_folder
+from llama_fast.errors import CheckpointMismatchError, ConfigError, OutOfMemoryError, brief, listed, shown
+from llama_fast.model.checkpoint_files import CheckpointFiles
+from llama_fast.model.checkpoint_save import save_weights
+from llama_fast.model.hub import find_folder
+from llama_fast.model.progress import ProgressBar
 
 __all__ = ["CheckpointFiles", "LoadReport", "find_folder", "load_weights", "save_weights"]
 
-_FILE_PATTERN = "model{suffix}.safetensors"
-_OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+LOAD_MODES = ("mmap", "copy")
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HEAD = "lm_head.weight"
+_CHUNK_BYTES = 1 << 24
 
 # Tensors that only the quantized formats (GPTQ, AWQ, compressed-tensors, fp8, bitsandbytes) store.
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|input_scale|SCB"
     r"|weight[._](packed|scale|scale_inv|shape|zero_point|g_idx|absmax|quant_map|quant_state.*))$"
 )
+
+_FUSED = re.compile(r"\.(qkv_proj|query_key_value|c_attn|W_?qkv|W_?pack|gate_up_proj)\.", re.IGNORECASE)
 
 _log = logging.getLogger(__name__)
 
@@ -60,30 +54,42 @@ class LoadReport:
 
 
 def load_weights(
-    module: nn.Module, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    module: nn.Module,
+    source: Path | CheckpointFiles,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    load: str = "mmap",
 ) -> LoadReport:
     """Replace every parameter of `module`, usually on the meta device, by the checkpoint's.
 
-    On the CPU and without a cast parameters are views of the mapped files. They get requires_grad=False; parameters
-    that were one object (a tied head) are one object again. The module is unchanged when an error is raised.
+    They get requires_grad=False; parameters that were one object (a tied head) are one object again. The module is
+    unchanged when an error is raised.
 
     Args:
         module: has transformers' parameter names, with or without the prefix `model.`.
-        folder: as from `find_folder`.
+        source: a folder, as from `find_folder`, or its files opened earlier, which must be unchanged since.
         dtype: of the parameters; None keeps the files' dtype. If that is mixed, all are cast to the dtype of the
             module's first parameter (the embedding), as transformers does for "auto" without a dtype in the config.
         device: tensors are uploaded to it one by one.
+        load: "mmap" makes CPU parameters that are not cast views of the mapped files; "copy" reads all into memory.
+            Tensors that are read here, with "copy" or for a cast, are searched for NaN and infinity: a warning names
+            them. Mapped ones are not read before they are used; `verify_checkpoint` searches those.
 
     Ignored are stored `rotary_emb.inv_freq` (old checkpoints; it follows from the config) and, when the module has no
-    head, `lm_head.weight`.
+    head, `lm_head.weight`. Shapes must be equal: an embedding of another vocab_size is an error, never resized.
 
     Raises:
         CheckpointMismatchError: a tensor is missing, unexpected, misshapen or not a float, or tied ones differ.
-        CheckpointPathError, CheckpointIOError, CheckpointFormatError: see `CheckpointFiles.open`.
-        OutOfMemoryError: the parameters do not fit on `device`.
+        CheckpointPathError, CheckpointIOError, CheckpointFormatError, UnsupportedError: see `CheckpointFiles.open`;
+            CheckpointIOError also when a file changes before all of it is loaded.
+        ConfigError: `load` is neither.
+        OutOfMemoryError: the parameters do not fit on `device`, or their cast or copy not in the host's memory.
     """
+    if load not in LOAD_MODES:
+        raise ConfigError(f"load={load!r} is not a way to load; use {' or '.join(map(repr, LOAD_MODES))}")
     device = torch.device(device)
-    files = CheckpointFiles.open(folder)
+    files = source if isinstance(source, CheckpointFiles) else CheckpointFiles.open(source)
     targets: dict[str, Tensor] = module.state_dict(keep_vars=True)
     sources, ignored = _match(targets, files)
 
@@ -91,26 +97,40 @@ def load_weights(
     dtype = dtype or stored[0]
     cast = tuple(dict.fromkeys(name for name in sources.values() if files.dtypes[name] != dtype))
     if cast and len(set(stored)) > 1:
-        _log.warning("%s: mixed dtypes; %d tensors are cast to %s: %s", folder, len(cast), dtype, listed(cast))
+        _log.warning("%s: mixed dtypes; %d tensors are cast to %s: %s", files.folder, len(cast), dtype, listed(cast))
 
+    read = files.copy if load == "copy" else files.tensor
+    mapped = load == "mmap" and not cast and device.type == "cpu"
     loaded: dict[int, Tensor] = {}
-    work = tqdm(
-        targets.items(), "loading weights", unit="tensor", disable=None if cast or device.type != "cpu" else True
-    )
-    for name, target in work:
-        if id(target) not in loaded:
-            try:
-                tensor = files.tensor(sources[name]).to(device=device, dtype=dtype)
-            except torch.OutOfMemoryError as error:
-                needed = sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
-                raise OutOfMemoryError(
-                    f"the weights need {needed:,} bytes on {device}, which ran out at {name}: {error}; "
-                    "free memory there, or use a smaller dtype or model"
-                ) from error
-            loaded[id(target)] = nn.Parameter(tensor, requires_grad=False)
+    non_finite: list[str] = []
+    for name, target in ProgressBar(targets.items(), "loading weights", unit="tensor", disable=mapped or None):
+        if id(target) in loaded:
+            continue
+        try:
+            tensor = read(sources[name]).to(dtype)
+            if (load == "copy" or files.dtypes[sources[name]] != dtype) and not is_finite(tensor):
+                non_finite.append(sources[name])
+            loaded[id(target)] = nn.Parameter(tensor.to(device), requires_grad=False)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            needed = sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+            reason = str(error).partition("\n")[0]
+            raise OutOfMemoryError(
+                f"the weights need {needed:,} bytes on {device}; memory ran out at {name}: {reason}; "
+                "free memory there, or use a smaller dtype or model"
+            ) from error
+    files.check_unchanged()
+    if non_finite:
+        _log.warning("%s: %d tensors hold NaN or infinity: %s", files.folder, len(non_finite), listed(non_finite))
     module.requires_grad_(False)  # load_state_dict copies the flag from the parameter it replaces
     module.load_state_dict({name: loaded[id(target)] for name, target in targets.items()}, strict=True, assign=True)
     return LoadReport(files.paths, files.total_bytes, dtype, cast, ignored)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds no NaN and no infinity; its extremes show both, in one pass at memory bandwidth."""
+    return tensor.numel() == 0 or all(extreme.isfinite().item() for extreme in tensor.aminmax())
 
 
 def _match(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -134,6 +154,7 @@ def _match(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tuple[dict[
     sources: dict[str, str] = {}
     missing: list[str] = []
     misshapen: list[str] = []
+    transposed = 0
     tied: list[tuple[str, str]] = []
     for names in names_of.values():
         found = [stored.pop(_base_name(name)) for name in names if _base_name(name) in stored]
@@ -143,7 +164,8 @@ def _match(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tuple[dict[
         expected = tuple(targets[names[0]].shape)
         for name in found:
             if files.shapes[name] != expected:
-                misshapen.append(f"{name} {list(files.shapes[name])}, expected {list(expected)}")
+                misshapen.append(f"{name} {brief(list(files.shapes[name]))}, expected {list(expected)}")
+                transposed += len(expected) == 2 and files.shapes[name] == expected[::-1]
             elif files.dtypes[name] not in _WEIGHT_DTYPES:
                 misshapen.append(f"{name} has dtype {files.dtypes[name]}, expected a float of 16 bits or more")
         sources.update(dict.fromkeys(names, found[0]))
@@ -156,14 +178,14 @@ def _match(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tuple[dict[
         if names
     ]
     if problems:
-        hints = _hints(missing, unexpected + misshapen)
-        raise CheckpointMismatchError(
-            f"{files.paths[0].parent} does not fit the model: {'; '.join([*problems, *hints])}"
-        )
+        hints = _hints(missing, unexpected, misshapen)
+        if transposed:
+            hints.append(f"{transposed} are transposed: a weight is stored as [out_features, in_features]")
+        raise CheckpointMismatchError(f"{files.folder} does not fit the model: {'; '.join([*problems, *hints])}")
     for name, other in tied:
-        if not _bitwise_equal(files.tensor(name), files.tensor(other)):
+        if not _bitwise_equal(files, name, other):
             raise CheckpointMismatchError(
-                f"{files.paths[0].parent}: the model ties {shown(other)} to {shown(name)}, but the checkpoint stores "
+                f"{files.folder}: the model ties {shown(other)} to {shown(name)}, but the checkpoint stores "
                 "different values for them; set tie_word_embeddings to false in config.json if both are wanted"
             )
     return sources, tuple(ignored)
@@ -173,78 +195,25 @@ def _base_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _bitwise_equal(a: Tensor, b: Tensor) -> bool:
+def _bitwise_equal(files: CheckpointFiles, name: str, other: str) -> bool:
     # As bytes, so that NaN equals NaN and 0.0 differs from -0.0.
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return files.dtypes[name] == files.dtypes[other] and all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(files.chunks(name, _CHUNK_BYTES), files.chunks(other, _CHUNK_BYTES), strict=True)
+    )
 
 
-def _hints(missing: Sequence[str], others: Sequence[str]) -> list[str]:
+def _hints(missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> list[str]:
     hints = []
     if missing == [_HEAD]:
         hints.append("set tie_word_embeddings to true in config.json if the head is the embedding")
-    if any(_QUANTIZED.search(name) for name in others):
+    if any(_QUANTIZED.search(name) for name in (*unexpected, *misshapen)):
         hints.append("this is a quantized checkpoint, which is not supported; use the unquantized one")
+    if any(_FUSED.search(name) for name in unexpected):
+        hints.append("projections are stored fused; split them into q_proj, k_proj, v_proj and gate_proj, up_proj")
+    wanted = {_base_name(name) for name in missing}
+    heads_tails = [name.partition(".")[::2] for name in unexpected]
+    prefixes = {f"{head}." for head, tail in heads_tails if _base_name(tail) in wanted}
+    if prefixes:
+        hints.append(f"the names have the prefix {listed(sorted(prefixes))} of another program; save them without it")
     return hints
-
-
-def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str = "5GB") -> list[Path]:
-    """Write the parameters of `module` as transformers does: `model.safetensors`, or shards and their index.
-
-    Tied parameters are stored once, under their first name. Each file is written under a temporary name and renamed,
-    the index last; then weight files of an earlier save are removed. A module may be saved over the checkpoint it is
-    mapped from: the mapping keeps the old file's bytes. What is atomic is a file, not the folder: a reader that opens
-    the folder during a save over an equally sharded checkpoint can see shards of both.
-
-    Args:
-        max_shard_size: most bytes of tensors in one file, as an int or "5GB", "200MB"; a larger tensor gets a file
-            of its own.
-
-    Returns:
-        The files written, the index last.
-
-    Raises:
-        ConfigError: `max_shard_size` is not a positive size.
-        CheckpointIOError: a file cannot be written; the temporary file is removed.
-    """
-    # Imported here: loading does not need the HTTP client that comes with it.
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-    for name, parameter in module.state_dict(keep_vars=True).items():
-        if names.setdefault(id(parameter), name) == name:
-            tensors[name] = parameter.detach()
-    try:
-        if not isinstance(max_shard_size, str) and (type(max_shard_size) is not int or max_shard_size <= 0):
-            raise ValueError("must be a positive number of bytes")
-        split = split_state_dict_into_shards_factory(
-            tensors,
-            get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-            filename_pattern=_FILE_PATTERN,
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"max_shard_size={max_shard_size!r}: {error}; give bytes as an int, or a string such as '5GB' or '200MB'"
-        ) from error
-
-    written: list[Path] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file_name, in_file in split.filename_to_tensors.items():
-            shard = {name: tensors[name].contiguous() for name in in_file}
-            path = folder / file_name
-            with written_whole(path) as temporary:
-                save_file(shard, temporary, metadata={"format": "pt"})
-            written.append(path)
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            with written_whole(folder / INDEX_FILE) as temporary:
-                temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            written.append(folder / INDEX_FILE)
-        for path in sorted(folder.iterdir()):
-            if _OWN_FILES.fullmatch(path.name) and path not in written:
-                path.unlink()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointIOError(f"saving weights to {folder} failed: {error}") from error
-    return written
