@@ -1,21 +1,17 @@
-"""What the fields of a LlamaConfig may hold: the checks, and the rules for its RoPE settings."""
+"""What the fields of a LlamaConfig may hold; RoPE's have a module of their own, config_rope.py."""
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama_fast.errors import ConfigError
+from llama_fast.errors import ConfigError, brief
 
 if TYPE_CHECKING:
     from llama_fast.config import LlamaConfig
-
-logger = logging.getLogger(__name__)
 
 # Names that hidden_act may have; the functions are llama_fast.ops.activations.ACTIVATIONS.
 ACTIVATIONS = (
@@ -24,207 +20,168 @@ ACTIVATIONS = (
 )
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
-
-# The object itself marks "not given": a file's own 10000.0 that contradicts its rope_parameters must not pass.
-DEFAULT_ROPE_THETA = 10000.0
-_ORIGINAL = "original_max_position_embeddings"
-# rope_type -> (required keys, optional keys) beside the keys that every type may have.
-_ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, set()),
-    "yarn": (
-        {"factor"},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", _ORIGINAL},
-    ),
-    "longrope": ({"short_factor", "long_factor"}, {"attention_factor", "factor", _ORIGINAL}),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}, set()),
+_HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+# All have the same decoder under another head; the last is how the first conversions spelt it.
+ARCHITECTURES = ("LlamaModel", *(f"LlamaFor{head}" for head in _HEADS), "LLaMAForCausalLM")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Far above any model (405B: 126 layers of 16384), low enough that sizes multiplied stay below 2**63 bytes and that the
+# layers or label names of a hostile file are made in a second.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "num_labels": 2**16,
 }
-_ROPE_COMMON_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor"}
-_ROPE_TYPES = ", ".join(_ROPE_KEYS)
+_BOOLS = ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias", "return_dict", "output_hidden_states")
 
 
-def check_positive_int(name: str, value: object) -> None:
-    """Raise ConfigError unless `value` is a positive integer that fits an int32."""
-    if not (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31):
-        raise ConfigError(f"{name}={value!r}; use a positive integer below 2**31")
+def check_size(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a positive integer that a size of this name may have."""
+    largest = _LARGEST.get(name, 2**31 - 1)
+    if not (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest):
+        raise ConfigError(f"{name}={brief(value)}; use an integer from 1 to {largest}")
 
 
 def check_number(name: str, value: object, accepted: str, test: Callable[[float], bool]) -> None:
     """Raise ConfigError unless `value` is a finite number that passes `test`, which `accepted` says in words."""
     # Not math.isfinite, which raises on integers that no float can hold.
     if not (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf and test(value)):
-        raise ConfigError(f"{name}={value!r}; use a number {accepted}")
+        raise ConfigError(f"{name}={brief(value)}; use a number {accepted}")
 
 
-def check_token_id(name: str, value: object, *, lists: bool) -> None:
-    """Raise ConfigError unless `value` is an integer, None, or with `lists` a list of integers."""
-    ids = value if lists and isinstance(value, list | tuple) else [value]
-    if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids):
-        raise ConfigError(f"{name}={value!r}; use a token id{', a list of them' if lists else ''} or null")
+def check_bool(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={brief(value)}; use true or false")
 
 
-def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch.dtype that `value` names.
+def check_token_ids(name: str, value: object, vocab_size: int, *, lists: bool) -> None:
+    """Raise ConfigError unless `value` is None, an id in [0, vocab_size), or with `lists` a list of such ids."""
+    ids = value if lists and isinstance(value, list | tuple) else [] if value is None else [value]
+    accepted = f"a token id{', a list of them' if lists else ''} or null"
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ConfigError(f"{name}={brief(value)}; use {accepted}")
+        if not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"{name}={brief(value)} is outside the vocabulary: vocab_size={vocab_size}; use {accepted}, ids from 0 "
+                f"to {vocab_size - 1}"
+            )
+
+
+def check_identity(model_type: object, architectures: object) -> None:
+    """Raise ConfigError unless a configuration that says this of itself is a Llama's.
+
+    As in transformers' LlamaConfig, one that says nothing is taken for it.
+    """
+    if model_type not in (None, "llama"):
+        raise ConfigError(f"model_type={brief(model_type)} is not supported; llama_fast runs model_type 'llama'")
+    if architectures is None:
+        return
+    if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
+        raise ConfigError(f"architectures={brief(architectures)}; use a list of class names or null")
+    if architectures and not set(architectures) & set(ARCHITECTURES):
+        raise ConfigError(
+            f"architectures={brief(architectures)} is not supported; llama_fast runs {', '.join(ARCHITECTURES)}"
+        )
+
+
+def as_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch.dtype that `value`, of the field `name`, says.
 
     Raises:
         ConfigError: not one of `DTYPES`.
     """
     dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if value is not None and dtype not in DTYPES.values():
-        raise ConfigError(f"dtype={value!r} is not supported; use one of {', '.join(DTYPES)}")
+        raise ConfigError(f"{name}={brief(value)} is not supported; use one of {', '.join(DTYPES)}")
     return dtype
 
 
-def as_rope_dict(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy of `value` without nulls, and with `type`, the old name of `rope_type`, renamed.
-
-    Raises:
-        ConfigError: not an object, nested by layer type, or `type` contradicts `rope_type`.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{field}={value!r}; use an object with rope_type and that type's keys, or null")
-    if nested := [name for name, entry in value.items() if isinstance(entry, Mapping)]:
-        raise ConfigError(f"{field} is nested by {', '.join(nested)}; every layer of a Llama has the same RoPE")
-    out = {name: copy.deepcopy(entry) for name, entry in value.items() if entry is not None}
-    if "type" in out:
-        out["rope_type"] = _agreed("rope_type", out.get("rope_type"), out.pop("type"))
-    return out
-
-
-def _agreed(name: str, *values: Any) -> Any:
-    """The one value among those that are not None; None where all are."""
-    given = [value for value in values if value is not None]
-    if any(value != given[0] for value in given[1:]):
+def check_fields(config: LlamaConfig) -> None:
+    """Raise ConfigError unless all fields but those of RoPE hold what the model can run."""
+    for name in (*_LARGEST, "max_position_embeddings"):
+        check_size(name, getattr(config, name))
+    if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
-            f"{name} is given more than once with different values: {', '.join(map(repr, given))}; keep one "
-            "(rope_theta, rope_scaling and type are the older names of what rope_parameters holds)"
+            f"num_key_value_heads={config.num_key_value_heads} does not divide "
+            f"num_attention_heads={config.num_attention_heads}"
         )
-    return given[0] if given else None
+    if not (callable(config.hidden_act) or config.hidden_act in ACTIVATIONS):
+        raise ConfigError(f"hidden_act={brief(config.hidden_act)}; use a function or one of {', '.join(ACTIVATIONS)}")
+    if config.pretraining_tp is not None:
+        check_size("pretraining_tp", config.pretraining_tp)
+    check_number("rms_norm_eps", config.rms_norm_eps, "above 0 and at most 0.01", lambda x: 0 < x <= 0.01)
+    check_number("initializer_range", config.initializer_range, "in [0, 1]", lambda x: 0 <= x <= 1)
+    if config.attention_dropout is not None:
+        check_number("attention_dropout", config.attention_dropout, "in [0, 1]", lambda x: 0 <= x <= 1)
+    for name in _BOOLS:
+        check_bool(name, getattr(config, name))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        check_token_ids(name, getattr(config, name), config.vocab_size, lists=name == "eos_token_id")
+    if config.problem_type not in (None, *_PROBLEM_TYPES):
+        raise ConfigError(f"problem_type={brief(config.problem_type)}; use one of {', '.join(_PROBLEM_TYPES)}")
+    _check_maths(config)
 
 
-def merge_rope(
-    theta: float, scaling: dict[str, Any], parameters: dict[str, Any], partial: float | None, original: int | None
-) -> dict[str, Any]:
-    """One dict from all places where a file may speak of RoPE; what is said twice must agree.
+def _check_maths(config: LlamaConfig) -> None:
+    """Raise ConfigError if a field that is no Llama's asks for other arithmetic than a Llama's.
 
-    Args:
-        theta, partial, original: top-level rope_theta, partial_rotary_factor and original_max_position_embeddings.
-        scaling, parameters: rope_scaling and rope_parameters from `as_rope_dict`.
-
-    Raises:
-        ConfigError: two places disagree, or keys of a scaled type stand without their rope_type.
+    Such fields are legal with a value that leaves a Llama as it is. Their names and meaning are those of the models in
+    transformers that are a Llama with one thing changed (Mistral, Granite, Cohere, Gemma, SmolLM3, Llama 4, OLMo, ...).
     """
-    top = {
-        "rope_theta": None if theta is DEFAULT_ROPE_THETA else theta,
-        "partial_rotary_factor": partial,
-        _ORIGINAL: original,
+    neutral: dict[str, tuple[Any, ...]] = {
+        "alibi": (False,),
+        "attention_chunk_size": (),
+        "attention_multiplier": (config.head_dim**-0.5,),
+        "attn_logit_softcapping": (),
+        "attn_temperature_tuning": (False,),
+        "clip_qkv": (),
+        "embedding_multiplier": (1,),
+        "final_logit_softcapping": (),
+        "is_causal": (True,),
+        "is_encoder_decoder": (False,),
+        "is_moe": (False,),
+        "logit_scale": (1,),
+        "logits_scaling": (1,),
+        "n_routed_experts": (0, 1),
+        "no_rope_layer_interval": (0,),
+        "num_experts": (0, 1),
+        "num_local_experts": (0, 1),
+        "parallel_attn": (False,),
+        "prefix_lm": (False,),
+        "qk_layernorm": (False,),
+        "qk_norm": (False,),
+        "query_pre_attn_scalar": (config.head_dim,),
+        "residual_multiplier": (1,),
+        "rope_interleave": (False,),
+        "rope_interleaved": (False,),
+        "rotary_pct": (1,),
+        "scale_depth": (config.num_hidden_layers**0.5,),
+        "scale_emb": (1,),
+        "softmax_scale": (config.head_dim**-0.5,),
+        "use_bidirectional_attention": (False,),
+        "use_parallel_residual": (False,),
+        "use_qk_norm": (False,),
     }
-    names = dict.fromkeys((*parameters, *scaling, *top))  # a set in order of appearance
-    merged = {name: _agreed(name, top.get(name), scaling.get(name), parameters.get(name)) for name in names}
-    merged = {name: value for name, value in merged.items() if value is not None}
-    typed_keys = set().union(*(required | optional for required, optional in _ROPE_KEYS.values())) - {_ORIGINAL}
-    if "rope_type" not in merged and typed_keys & set(merged):
-        raise ConfigError(f"rope_scaling={scaling or parameters!r} lacks rope_type; use one of {_ROPE_TYPES}")
-    return {"rope_type": "default", "rope_theta": theta, **merged}
-
-
-def check_rope(params: Mapping[str, Any], config: LlamaConfig) -> None:
-    """Raise ConfigError unless `params` describes a rotation that can be computed."""
-    rope_type = params.get("rope_type")
-    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
-        raise ConfigError(f"rope_type={rope_type!r} is not supported; use one of {_ROPE_TYPES}")
-    if missing := sorted(name for name in _ROPE_KEYS[rope_type][0] if params.get(name) is None):
-        raise ConfigError(f"rope_type={rope_type!r} lacks {', '.join(missing)}; add it to rope_scaling")
-    check_number("rope_theta", params.get("rope_theta"), "above 0 and below 1e30", lambda x: 0 < x < 1e30)
-    partial = params.get("partial_rotary_factor", 1.0)
-    check_number("partial_rotary_factor", partial, "above 0 and at most 1", lambda x: 0 < x <= 1)
-    rotary_dim = int(config.head_dim * partial)
-    if rotary_dim < 2 or rotary_dim % 2:
+    active = [name for name, values in neutral.items() if getattr(config, name, None) not in (None, *values)]
+    every_layer = {"layer_types": "full_attention", "mlp_layer_types": "dense", "no_rope_layers": 1}
+    for name, value in every_layer.items():  # one value a layer, 1 for RoPE
+        values = getattr(config, name, None)
+        if values is not None and not (isinstance(values, list | tuple) and all(one == value for one in values)):
+            active.append(name)
+    # A window that no sequence fills, or that another field switches off (Qwen's), is none.
+    window = getattr(config, "sliding_window", None)
+    used = window is not None and getattr(config, "use_sliding_window", True) is not False
+    if used and not (isinstance(window, int) and window >= config.max_position_embeddings):
+        active.append("sliding_window")
+    if active:
+        name = active[0]
         raise ConfigError(
-            f"head_dim={config.head_dim} with partial_rotary_factor={partial} rotates {rotary_dim} dimensions; "
-            "RoPE needs an even number of them"
-        )
-    if rope_type == "default":
-        return
-    for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
-        if params.get(name) is not None:
-            check_number(f"rope_scaling[{name!r}]", params[name], "above 0", lambda x: x > 0)
-    for name in ("mscale", "mscale_all_dim"):
-        if params.get(name) is not None:
-            check_number(f"rope_scaling[{name!r}]", params[name], "of 0 or more", lambda x: x >= 0)
-    if not isinstance(params.get("truncate", True), bool):
-        raise ConfigError(f"rope_scaling['truncate']={params['truncate']!r}; use true or false")
-    if (original := params.get(_ORIGINAL)) is not None:
-        check_positive_int(_ORIGINAL, original)
-    if rope_type == "llama3" and params["low_freq_factor"] == params["high_freq_factor"]:
-        raise ConfigError(
-            f"low_freq_factor and high_freq_factor are both {params['low_freq_factor']}; they must differ, "
-            "the blend between them divides by the difference"
-        )
-    if rope_type == "dynamic" and rotary_dim == 2:
-        raise ConfigError("rope_type='dynamic' needs more than 2 rotated dimensions; use another type or head_dim")
-    if rope_type == "yarn" and params["rope_theta"] <= 1:
-        raise ConfigError(f"rope_theta={params['rope_theta']}; rope_type='yarn' needs more than 1")
-    if rope_type == "longrope":
-        for name in ("short_factor", "long_factor"):
-            _check_factor_list(name, params[name], rotary_dim // 2)
-        if (original or config.max_position_embeddings) == 1:
-            raise ConfigError(f"{_ORIGINAL}=1; rope_type='longrope' needs more than 1")
-
-
-def _check_factor_list(name: str, values: object, length: int) -> None:
-    if not isinstance(values, list | tuple) or len(values) != length:
-        got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)
-        raise ConfigError(f"{name} has {got}; use a list of {length}, one per pair of rotated dimensions")
-    for value in values:
-        check_number(name, value, "above 0", lambda x: x > 0)
-
-
-def longrope_attention_factor(params: Mapping[str, Any], max_position_embeddings: int) -> float:
-    """LongRoPE's scale of cos and sin: given, else from the factor, else from the ratio of the two lengths.
-
-    Source: arXiv:2402.13753; transformers v5 for which of the three wins.
-    """
-    if params.get("attention_factor") is not None:
-        return params["attention_factor"]
-    original = params.get(_ORIGINAL) or max_position_embeddings
-    factor = params.get("factor") or max_position_embeddings / original
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-
-
-def warn_rope(config: LlamaConfig, *, original_in_scaling_only: bool) -> None:
-    """Log what is legal but likely a mistake, and where transformers v4 and v5 read a file differently."""
-    params, longest = config.rope_parameters, config.max_position_embeddings
-    rope_type, factor, original = params["rope_type"], params.get("factor"), params.get(_ORIGINAL)
-    required, optional = _ROPE_KEYS[rope_type]
-    if unused := sorted(set(params) - required - optional - _ROPE_COMMON_KEYS):
-        logger.warning("rope_type=%r does not use %s", rope_type, ", ".join(unused))
-    if rope_type == "default" and config.partial_rotary_factor != 1:
-        logger.warning(
-            "partial_rotary_factor=%r rotates a part of each head, as documented; transformers v5 rotates all of it",
-            config.partial_rotary_factor,
-        )
-    if factor is not None and factor < 1:
-        logger.warning("rope_scaling['factor']=%r is below 1, which shortens the context", factor)
-    if rope_type == "llama3" and params["high_freq_factor"] < params["low_freq_factor"]:
-        logger.warning("high_freq_factor=%(high_freq_factor)r is below low_freq_factor=%(low_freq_factor)r", params)
-    if rope_type == "llama3" and original is not None and original >= longest:
-        logger.warning("%s=%d is not below max_position_embeddings=%d", _ORIGINAL, original, longest)
-    if rope_type == "yarn" and original is None:
-        logger.warning("%s is not set; yarn takes max_position_embeddings=%d for it", _ORIGINAL, longest)
-    factor_counts = rope_type == "yarn" or (rope_type == "longrope" and params.get("attention_factor") is None)
-    if factor_counts and original is not None and factor not in (None, longest / original):
-        logger.warning(
-            "rope_scaling['factor']=%r is not max_position_embeddings=%d / %s=%d; the factor is used, as in "
-            "transformers v5 (v4's longrope would use the ratio)",
-            *(factor, longest, _ORIGINAL, original),
-        )
-    if rope_type == "longrope" and original_in_scaling_only and original != longest:
-        logger.warning(
-            "rope_scaling[%r]=%d is used, as documented and as in transformers v5; v4 ignores it there and uses "
-            "max_position_embeddings=%d",
-            *(_ORIGINAL, original, longest),
+            f"{name}={brief(getattr(config, name))} asks for arithmetic that a Llama does not have and that is not "
+            "supported; use the model's own architecture, or remove the field if the weights were made without it"
         )

@@ -4,9 +4,13 @@ Each is a `LlamaFastError` and also the built-in it resembles, so `except ValueE
 file, field or tensor, say what came, what is accepted and how to fix it. `http_status` is what a server answers with.
 """
 
+import re
+import reprlib
 from collections.abc import Iterable
 
 _MAX_NAMES = 10  # listed in a message
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 50
 
 
 def shown(name: str) -> str:
@@ -20,6 +24,14 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(shown(name) for name in names[:_MAX_NAMES]) + more
+
+
+def brief(value: object) -> str:
+    """A value as it may stand in a message: its repr without control characters, object addresses or a megabyte."""
+    try:
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", _REPR.repr(value))
+    except ValueError:  # Python's limit on the digits of an integer
+        return "an integer of thousands of digits"
 
 
 class LlamaFastError(Exception):

@@ -46,6 +46,8 @@ def read_json_object(
             raise cannot_read(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}, not a JSON file")
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)  # not by its size, which may change meanwhile
+    except LlamaFastError:  # some are a ValueError too
+        raise
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
         raise cannot_read(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
     if len(content) > max_bytes:

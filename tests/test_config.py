@@ -11,7 +11,8 @@ from transformers import LlamaConfig as HFConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama_fast.config import ACTIVATIONS, LlamaConfig
-from llama_fast.errors import CheckpointIOError, ConfigError
+from llama_fast.errors import CheckpointIOError, ConfigError, brief
+from llama_fast.model.rope import RotaryEmbedding
 from llama_fast.ops import activations
 
 # The page's list: order and defaults are the contract.
@@ -39,6 +40,7 @@ PAGE = {
     "C21": ("mlp_bias", False),
     "C22": ("head_dim", None),
 }
+SHAPE = {"vocab_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}  # what a file must have beside TINY
 TINY = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -205,7 +207,7 @@ def test_constructor_keeps_no_hold_of_its_arguments():
 
 
 def test_C38_v4_and_v5_files_are_read_alike(tmp_path):
-    common = {**TINY, "model_type": "llama"}
+    common = {**TINY, **SHAPE, "model_type": "llama"}
     v4 = {**common, "rope_theta": 5e5, "rope_scaling": LLAMA3, "torch_dtype": "bfloat16"}
     v5 = {**common, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "bfloat16"}
     a, b = (LlamaConfig.from_pretrained(write(tmp_path / name, content)) for name, content in (("4", v4), ("5", v5)))
@@ -361,12 +363,13 @@ BAD_FIELDS = [
     ("eos_token_id", ["</s>"]),
     ("pretraining_tp", 0),
     ("attention_dropout", 1.5),
-    *(("rope_theta", value) for value in (0, -1.0, float("nan"), float("inf"), 1e300, 10**400, "10000", None)),
+    *(("rope_theta", value) for value in (0, -1.0, float("nan"), float("inf"), 1e300, 1e-300, 10**400, "10000", None)),
     ("rope_scaling", "linear"),
     ("partial_rotary_factor", 0.0),
     ("dtype", "float8_e4m3fn"),
     ("torch_dtype", 16),
     ("num_labels", 0),
+    ("attn_implementation", ["eager"]),
     ("id2label", ["no", "yes"]),
     ("model_type", "mistral"),
     ("to_dict", 1),
@@ -378,7 +381,7 @@ BAD_FIELDS = [
 def test_A07_wrong_field_is_named_with_its_value(name, value):
     with pytest.raises(ConfigError) as caught:
         LlamaConfig(**{**TINY, name: value})
-    assert f"{name.removeprefix('torch_')}={value!r}" in str(caught.value)
+    assert f"{name.removeprefix('torch_')}={brief(value)}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, v in BAD_FIELDS if hasattr(LlamaConfig(), n) and n in TINY])
@@ -411,6 +414,7 @@ def test_A08_heads_that_do_not_divide():
         ({"rope_type": "llama3", "factor": 8.0}, "lacks high_freq_factor, low_freq_factor, original_max"),
         ({"rope_type": "linear", "factor": 0}, r"\['factor'\]=0"),
         ({"rope_type": "linear", "factor": float("nan")}, r"\['factor'\]=nan"),
+        ({"rope_type": "linear", "factor": 10**300}, r"\['factor'\]=1000.*use a number from 1e-9 to 1e9"),
         ({"rope_type": "linear", "factor": "4"}, r"\['factor'\]='4'"),
         ({**YARN, "beta_fast": 0}, r"\['beta_fast'\]=0"),
         ({**YARN, "mscale": -1.0}, r"\['mscale'\]=-1.0"),
@@ -435,6 +439,18 @@ def test_A10_wrong_rope_scaling(scaling, message):
 def test_odd_rotary_dim_is_refused(head_dim):
     with pytest.raises(ConfigError, match=f"head_dim={head_dim} .* even"):
         LlamaConfig(head_dim=head_dim)
+
+
+@pytest.mark.parametrize("rope_theta", [1e-9, 1, 2**64, 10**30, 1e30])
+@pytest.mark.parametrize("fields", SCALINGS.values(), ids=SCALINGS)
+def test_A11_what_is_accepted_can_be_computed(fields, rope_theta):
+    if rope_theta <= 1 and fields.get("rope_scaling", {}).get("rope_type") == "yarn":
+        return
+    cos, sin = RotaryEmbedding(LlamaConfig(**TINY, **fields, rope_theta=rope_theta))(
+        torch.tensor([0, 1, 31, 2**31 - 1]), torch.tensor([32, 32, 32, 2**31])
+    )
+    assert cos.isfinite().all()
+    assert sin.isfinite().all()
 
 
 def test_types_that_cannot_rotate_so_little():
@@ -495,7 +511,7 @@ def test_A01_no_such_file(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read: No such file"):
         LlamaConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ConfigError, match=r"config\.json: cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match=r"config\.json: is a folder"):
         LlamaConfig.from_pretrained(tmp_path)
 
 
@@ -517,6 +533,91 @@ def test_from_pretrained_overrides(tmp_path):
     assert config.rope_scaling == LLAMA3
     with pytest.raises(ConfigError, match="num_hidden_layers=0"):
         LlamaConfig.from_pretrained(tmp_path, num_hidden_layers=0)
+
+
+def test_from_pretrained_overrides_come_before_the_checks(tmp_path):
+    """They replace a field as if the file had said it, so that what follows from it follows the argument."""
+    write(tmp_path, {**TINY, **SHAPE, "hidden_size": 63, "num_attention_heads": 4, "eos_token_id": 40})
+    with pytest.raises(ConfigError, match="hidden_size=63"):
+        LlamaConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="eos_token_id=40"):
+        LlamaConfig.from_pretrained(tmp_path, hidden_size=64)
+    config = LlamaConfig.from_pretrained(tmp_path, hidden_size=64, num_attention_heads=8, vocab_size=41)
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads, config.vocab_size) == (64, 8, 8, 41)
+
+
+def test_override_replaces_every_spelling_of_the_file(tmp_path):
+    write(tmp_path, {**TINY, **SHAPE, "dtype": "float16", "rope_parameters": {"rope_theta": 5e5}, "num_labels": 3})
+    overrides = {"torch_dtype": "bfloat16", "rope_theta": 7e4, "rope_scaling": YARN, "num_labels": 5}
+    config = LlamaConfig.from_pretrained(tmp_path, **overrides)
+    assert (config.dtype, config.num_labels) == (torch.bfloat16, 5)
+    assert config.rope_parameters == {**YARN, "rope_theta": 7e4}
+    longrope = {"original_max_position_embeddings": 8, "rope_scaling": LONGROPE}
+    assert LlamaConfig.from_pretrained(tmp_path, **longrope).original_max_position_embeddings == 8
+    with pytest.raises(ConfigError, match="to_dict=1: this name is taken"):
+        LlamaConfig.from_pretrained(tmp_path, to_dict=1)
+
+
+def test_A12_a_file_must_have_its_shape_and_a_call_need_not(tmp_path):
+    content = {**TINY, **SHAPE}
+    for name in ("vocab_size", "intermediate_size", "max_position_embeddings"):
+        without = {key: value for key, value in content.items() if key != name}
+        with pytest.raises(
+            ConfigError, match=rf"config\.json: lacks {name}; add it to the file, or pass it as a keyword"
+        ):
+            LlamaConfig.from_pretrained(write(tmp_path, without))
+        assert LlamaConfig.from_pretrained(tmp_path, **{name: content[name]}) == LlamaConfig(**content)
+        assert getattr(LlamaConfig.from_dict(without), name) == getattr(LlamaConfig(), name)
+
+
+def test_A16_ids_outside_the_vocabulary():
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        with pytest.raises(ConfigError, match=rf"{name}=32 is outside the vocabulary: vocab_size=32; .* 0 to 31"):
+            LlamaConfig(vocab_size=32, **{name: 32})
+    with pytest.raises(ConfigError, match=r"eos_token_id=\[1, 32\]"):
+        LlamaConfig(vocab_size=32, eos_token_id=[1, 32])
+
+
+def test_A16_pad_of_old_files(caplog):
+    assert LlamaConfig(pad_token_id=-1).pad_token_id is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "pad_token_id=-1, which old files write for none, is read as null"
+    ]
+
+
+def test_messages_are_bounded_and_printable():
+    for value in ("\x1b" * 10**6, ["x" * 10**6] * 1000, {"k" * 10**6: 1}, 10**5000, object(), torch.tanh):
+        assert len(brief(value)) < 700
+        assert brief(value).isprintable()
+        assert " at 0x" not in brief(value)
+    with pytest.raises(ConfigError) as caught:
+        LlamaConfig(**{"_dtype": "\n" * 10**6})
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+def test_labels():
+    with pytest.raises(ConfigError, match=r"id2label=\{'0': \[1\]\}; use an object from label number to label name"):
+        LlamaConfig(id2label={"0": [1]})
+    assert LlamaConfig(id2label={}).num_labels == 2
+    with pytest.raises(ConfigError, match="label2id=5; use an object"):
+        LlamaConfig(id2label={"0": "a"}, label2id=5)
+    with pytest.raises(ConfigError, match="num_labels=65537; use an integer from 1 to 65536"):
+        LlamaConfig(num_labels=65537)
+
+
+def test_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+
+    def disk_full(path, text, **kwargs):
+        path.write_bytes(text.encode()[:50])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", disk_full)
+    with pytest.raises(CheckpointIOError, match=r"config\.json: cannot be written: No space left"):
+        LlamaConfig(**TINY, num_hidden_layers=3).save_pretrained(tmp_path)
+    assert LlamaConfig.from_pretrained(tmp_path) == LlamaConfig(**TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_what_json_cannot_hold_is_refused_on_save(tmp_path):

@@ -1,140 +1,24 @@
-"""generation_config.json, and the types and ranges that its fields share with a request's parameters."""
+"""generation_config.json: what a model's authors want unless a request says otherwise.
+
+Precedence, field by field: an argument of the call, then generation_config.json, then config.json, which gives token
+ids, and in a folder without generation_config.json the other parameters too.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-import numbers
-import reprlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_fast.errors import CheckpointIOError, ConfigError, RequestError, UnsupportedError
+from llama_fast.engine.parameter_checks import MAX_INT32, checked, id_tuple, integer
+from llama_fast.errors import CheckpointIOError, ConfigError, RequestError, UnsupportedError, brief, listed
+from llama_fast.files import read_json_object, written_whole
 
 logger = logging.getLogger(__name__)
-
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 1024
-MAX_TOKEN_IDS = 1024
-MAX_LOGIT_BIAS = 16384
-_MAX_INT32 = 2**31 - 1
-
-# Field: (lowest, highest).
-_INTEGERS: dict[str, tuple[int, int]] = {
-    "n": (1, 1024),
-    "max_tokens": (0, _MAX_INT32),
-    "min_tokens": (0, _MAX_INT32),
-    "top_k": (-1, 2**63 - 1),
-    "seed": (0, 2**64 - 1),
-    "logprobs": (0, 128),
-    "prompt_logprobs": (0, 128),
-    "max_new_tokens": (0, _MAX_INT32),
-    "max_length": (0, _MAX_INT32),
-    "min_new_tokens": (0, _MAX_INT32),
-    "num_return_sequences": (1, 1024),
-}
-_NUMBERS: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, 1e4),
-    "top_p": (1e-6, 1.0),
-    "min_p": (0.0, 1.0),
-    # Far from 0: dividing a logit by it must not overflow.
-    "repetition_penalty": (0.01, 100.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "presence_penalty": (-2.0, 2.0),
-}
-_HINTS = {
-    "max_tokens": "0 only scores the prompt; leave it out to run to the context's end",
-    "temperature": "0 is greedy",
-    "top_k": "0 or -1 switches it off",
-    "top_p": "1 switches it off",
-    "min_p": "0 switches it off",
-    "repetition_penalty": "1 switches it off",
-    "seed": "leave it out for a fresh one",
-}
-
-
-def checked(name: str, value: Any) -> Any:
-    """`value` of the field as plain int, float, bool, tuple or dict.
-
-    Raises:
-        RequestError: it is of the wrong type or out of range.
-    """
-    if name in _INTEGERS:
-        return _integer(name, value, *_INTEGERS[name])
-    if name in _NUMBERS:
-        return _number(name, value, *_NUMBERS[name])
-    if name == "stop":
-        return _stop_strings(value)
-    if name == "stop_token_ids":
-        return id_tuple(name, value)
-    if name == "logit_bias":
-        return _logit_bias(value)
-    if not isinstance(value, bool):
-        raise _refused(name, value, "True or False")
-    return value
-
-
-def id_tuple(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids given as one id, a list or None.
-
-    Raises:
-        RequestError: it is something else, holds something else, or is too long.
-    """
-    if value is None:
-        return ()
-    if isinstance(value, numbers.Integral):
-        value = [value]
-    if not isinstance(value, (list, tuple)) or len(value) > MAX_TOKEN_IDS:
-        raise _refused(name, value, f"a list of at most {MAX_TOKEN_IDS} token ids")
-    return tuple(_integer(f"{name}[{index}]", item, 0, _MAX_INT32) for index, item in enumerate(value))
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    # numbers.Integral: NumPy's integers too.
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-        raise _refused(name, value, f"an integer from {low} to {high}")
-    return int(value)
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        number = math.nan
-    else:
-        try:
-            number = float(value)
-        except OverflowError:  # an int beyond every float
-            number = math.inf
-    if not low <= number <= high:  # true of NaN
-        raise _refused(name, value, f"a number from {low:g} to {high:g}")
-    return number
-
-
-def _stop_strings(value: Any) -> tuple[str, ...]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, (list, tuple)) or len(strings) > MAX_STOP_STRINGS:
-        raise _refused("stop", value, f"a string or a list of at most {MAX_STOP_STRINGS}")
-    for index, item in enumerate(strings):
-        if not isinstance(item, str) or not 0 < len(item) <= MAX_STOP_CHARS:
-            raise _refused(f"stop[{index}]", item, f"a string of 1 to {MAX_STOP_CHARS} characters")
-    return tuple(strings)
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIAS:
-        raise _refused("logit_bias", value, f"a mapping from token id to bias of at most {MAX_LOGIT_BIAS} entries")
-    return {
-        _integer("logit_bias token id", key, 0, _MAX_INT32): _number(f"logit_bias[{key}]", bias, -100.0, 100.0)
-        for key, bias in value.items()
-    }
-
-
-def _refused(name: str, value: Any, accepted: str) -> RequestError:
-    hint = f"; {_HINTS[name]}" if name in _HINTS else ""
-    return RequestError(f"{name}={reprlib.repr(value)} is not accepted; use {accepted}{hint}")
-
 
 # Fields of generation_config.json that change results, with the values that leave them out of play (None always does).
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -181,7 +65,8 @@ _PARSED = {
     "top_k",
     "top_p",
 }
-_FILE_NAME = "generation_config.json"
+_IN_CONFIG = (_PARSED | _UNSUPPORTED.keys()) - {"bos_token_id", "eos_token_id", "pad_token_id"}
+FILE_NAME = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -209,24 +94,24 @@ class GenerationDefaults:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> GenerationDefaults:
-        """Read a folder's generation_config.json; empty if there is none.
+        """Read a folder's generation_config.json.
+
+        Without that file the generation parameters in config.json count, where checkpoints of 2023 kept them. Token ids
+        are not among them: those of config.json count wherever this file names none.
 
         Raises:
             CheckpointIOError: the file cannot be read.
-            ConfigError: it is not a JSON object, or a value is of the wrong type or out of range.
+            ConfigError: it is not strict JSON, or a value is of the wrong type or out of range.
             UnsupportedError: it sets a field that would change results and is not supported.
         """
-        path = Path(folder) / _FILE_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = Path(folder) / FILE_NAME
+        if os.path.lexists(path):
+            content = read_json_object(path, ConfigError, io_error=CheckpointIOError)
+        elif os.path.lexists(path := Path(folder) / "config.json"):
+            content = read_json_object(path, ConfigError, io_error=CheckpointIOError)
+            content = {name: value for name, value in content.items() if name in _IN_CONFIG}
+        else:
             return cls()
-        except OSError as error:
-            raise CheckpointIOError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error}); repair or delete the file") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
         try:
             return cls.from_dict(content)
         except RequestError as error:
@@ -247,22 +132,36 @@ class GenerationDefaults:
         for name, value in content.items():
             if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
                 raise UnsupportedError(
-                    f"{name}={reprlib.repr(value)} is not supported and would change the text; remove this field"
+                    f"{name}={brief(value)} is not supported and would change the text; remove this field"
                 )
             if name in _PARSED and value is not None:
                 if name == "eos_token_id":
                     ids = id_tuple(name, value)
                     values[name] = list(ids) if isinstance(value, list) else ids[0]
                 elif name in ("bos_token_id", "pad_token_id"):
-                    token_id = _integer(name, value, -_MAX_INT32, _MAX_INT32)
+                    token_id = integer(name, value, -MAX_INT32, MAX_INT32)
                     values[name] = token_id if token_id >= 0 else None
                 else:
                     values[name] = checked(name, value)
             elif name not in _PARSED:
                 other[name] = value
         if ignored := other.keys() - _UNSUPPORTED.keys():
-            logger.debug("%s: no effect here: %s", _FILE_NAME, ", ".join(sorted(ignored)))
+            logger.debug("%s: no effect here: %s", FILE_NAME, listed(sorted(ignored)))
         return cls(**values, other=other)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Check the special ids against the model that the file stands beside.
+
+        Raises:
+            ConfigError: an id is not in [0, vocab_size).
+        """
+        for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            for token_id in id_tuple(name, getattr(self, name)):
+                if token_id >= vocab_size:
+                    raise ConfigError(
+                        f"{FILE_NAME}: {name}={token_id} is not below vocab_size={vocab_size} of config.json; "
+                        "correct it, or remove it to use config.json's"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content: what is set, and `other`."""
@@ -275,8 +174,9 @@ class GenerationDefaults:
         Raises:
             CheckpointIOError: it cannot be written.
         """
-        path = Path(folder) / _FILE_NAME
+        path = Path(folder) / FILE_NAME
         try:
-            path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as error:
             raise CheckpointIOError(f"{path}: cannot be written ({error.strerror})") from error

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.config import LlamaConfig
-from llama_fast.config_checks import longrope_attention_factor
+from llama_fast.config_rope import longrope_attention_factor
 from llama_fast.errors import KernelArgumentError
 from llama_fast.ops.rows import SERIAL_ELEMENTS, elementwise
 
@@ -61,7 +61,7 @@ class RotaryEmbedding:
         self.rope_type: str = params["rope_type"]
         self.rotary_dim = int(config.head_dim * config.partial_rotary_factor)
         self.attention_scaling = 1.0
-        self._theta = params["rope_theta"]
+        self._theta = float(params["rope_theta"])  # torch takes no integer beyond int64
         self._max_len = config.max_position_embeddings
         self._original_len = params.get("original_max_position_embeddings") or self._max_len
         self._factor = params.get("factor", 1.0)

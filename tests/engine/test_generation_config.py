@@ -1,7 +1,6 @@
 """Reading and writing generation_config.json."""
 
 import json
-import math
 
 import pytest
 from transformers import GenerationConfig
@@ -74,7 +73,6 @@ def test_fields_that_would_change_the_text_are_not_ignored(tmp_path, name, value
         ("temperature", "0.6"),
         ("temperature", -1),
         ("temperature", True),
-        ("temperature", math.nan),
         ("top_k", 5.5),
         ("top_p", 1.5),
         ("repetition_penalty", 0),
@@ -91,16 +89,18 @@ def test_wrong_values_in_the_file(tmp_path, name, value):
         GenerationDefaults.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b"null"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b"null", b'{"temperature": NaN}'])
 def test_file_that_is_no_json_object(tmp_path, content):
     (tmp_path / "generation_config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"generation_config\.json: (not valid JSON|expected a JSON object)"):
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json: (is not (strict JSON|UTF-8)|must hold a JSON object|is nested)"
+    ):
         GenerationDefaults.from_folder(tmp_path)
 
 
 def test_file_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "generation_config.json").mkdir()
-    with pytest.raises(CheckpointIOError, match="cannot be read"):
+    with pytest.raises(CheckpointIOError, match="is a folder"):
         GenerationDefaults.from_folder(tmp_path)
     with pytest.raises(CheckpointIOError, match="cannot be written"):
         GenerationDefaults().save(tmp_path)
@@ -109,3 +109,58 @@ def test_file_that_cannot_be_read_or_written(tmp_path):
 def test_negative_ids_of_old_files_mean_none():
     defaults = GenerationDefaults.from_dict({"pad_token_id": -1, "bos_token_id": 1})
     assert (defaults.pad_token_id, defaults.bos_token_id) == (None, 1)
+
+
+def test_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    GenerationDefaults(temperature=0.6).save(tmp_path)
+
+    def disk_full(path, text, **kwargs):
+        path.write_bytes(text.encode()[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", disk_full)
+    with pytest.raises(CheckpointIOError, match=r"generation_config\.json: cannot be written \(No space left"):
+        GenerationDefaults(temperature=0.7).save(tmp_path)
+    assert GenerationDefaults.from_folder(tmp_path).temperature == 0.6
+    assert [path.name for path in tmp_path.iterdir()] == ["generation_config.json"]
+
+
+@pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id", "bos_token_id"])
+def test_A16_ids_outside_the_vocabulary(field):
+    GenerationDefaults(**{field: 31}).check_vocab(32)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {field}=32 .* vocab_size=32 of config\.json"):
+        GenerationDefaults(**{field: 32}).check_vocab(32)
+
+
+def test_A16_every_id_of_a_list_counts():
+    GenerationDefaults(eos_token_id=[1, 31]).check_vocab(32)
+    with pytest.raises(ConfigError, match="eos_token_id=40"):
+        GenerationDefaults(eos_token_id=[1, 40]).check_vocab(32)
+
+
+OLD_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "do_sample": True,
+    "eos_token_id": 5,
+}
+
+
+def test_C35_parameters_in_config_json_count_without_the_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**OLD_CONFIG, "max_length": 4096}))
+    defaults = GenerationDefaults.from_folder(tmp_path)
+    # From the file's content: transformers 5 drops these fields when it makes a LlamaConfig of them, 4 kept them.
+    theirs = GenerationConfig.from_model_config(json.loads((tmp_path / "config.json").read_text()))
+    for name in ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_length"):
+        assert getattr(defaults, name) == getattr(theirs, name), name
+    assert (defaults.temperature, defaults.eos_token_id) == (0.6, None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 5}))
+    assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults(top_k=5)
+
+
+def test_C35_what_is_not_supported_is_refused_there_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**OLD_CONFIG, "num_beams": 4}))
+    with pytest.raises(UnsupportedError, match=r"config\.json: num_beams=4 is not supported"):
+        GenerationDefaults.from_folder(tmp_path)
