@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupported
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.engine import Engine
-from llama_fast.engine.generation_config import checked, id_tuple
+from llama_fast.engine.parameter_checks import checked, id_tuple
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.errors import GenerationInterrupted, RequestError

@@ -14,12 +14,13 @@ from torch import Tensor
 from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupported
 from llama_fast.api.generation import GeneratingLM
 from llama_fast.api.outputs import CausalLMOutputWithPast
+from llama_fast.engine.plan import check_weights
 from llama_fast.engine.sampling import GenerationDefaults
 from llama_fast.errors import CheckpointIOError, RequestError, UnsupportedError
 from llama_fast.model.batch import Batch
 from llama_fast.model.checkpoint import find_folder, save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
-from llama_fast.model.loading import load_model
+from llama_fast.model.loading import open_checkpoint, read_model
 from llama_fast.ops import reference, select_backend
 from llama_fast.ops.rows import needs_grad
 
@@ -43,6 +44,7 @@ class LlamaForCausalLM(GeneratingLM):
         dtype: str | torch.dtype | None = "auto",
         device: str | int | torch.device | None = None,
         backend: str = "auto",
+        load: str = "mmap",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
@@ -56,10 +58,13 @@ class LlamaForCausalLM(GeneratingLM):
             dtype: "auto" keeps the checkpoint's; else a torch dtype or its name.
             device: None picks the first GPU, else the CPU.
             backend: "auto", "reference", "cpu" or "gpu".
+            load: "mmap" shares the weights' pages with their files on the CPU until they are written; "copy" reads
+                them into memory of their own.
             revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
         Raises:
             ConfigError, CheckpointError, BackendError: see errors.py.
+            OutOfMemoryError: the weights do not fit; nothing has been read then.
             UnsupportedError: an argument of the page that is not supported yet, by name.
         """
         refuse_unsupported("from_pretrained", unsupported)
@@ -70,10 +75,13 @@ class LlamaForCausalLM(GeneratingLM):
             token=token,
             local_files_only=local_files_only,
         )
-        model = load_model(cls, folder, dtype=dtype, device=device)
-        select_backend(backend, model.device)
-        model.backend = backend
-        model.generation_defaults = GenerationDefaults.from_folder(folder)
+        generation_defaults = GenerationDefaults.from_folder(folder)
+        checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
+        generation_defaults.check_vocab(checkpoint.config.vocab_size)
+        select_backend(backend, checkpoint.device)
+        check_weights(checkpoint)
+        model = read_model(cls, checkpoint, load=load)
+        model.backend, model.generation_defaults = backend, generation_defaults
         return model
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -84,7 +92,7 @@ class LlamaForCausalLM(GeneratingLM):
         except OSError as error:
             raise CheckpointIOError(f"{folder}: no folder can be made there: {error.strerror}") from error
         self.config.dtype = self.dtype
-        self.config.architectures = [type(self).__name__]
+        self.config.architectures = ["LlamaForCausalLM"]  # not a subclass's name, which no reader knows
         self.config.save_pretrained(folder)
         self.generation_defaults.save(folder)
         save_weights(self, folder, max_shard_size=max_shard_size)

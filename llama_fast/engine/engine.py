@@ -9,13 +9,13 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from llama_fast.engine.memory import cache_size
+from llama_fast.engine.memory import cache_size, check_sizes
 from llama_fast.engine.outputs import Logprob, PositionLogprobs
 from llama_fast.engine.request import Request, Sample
 from llama_fast.engine.sampling_batch import sampling_batch
 from llama_fast.engine.scheduler import Scheduler, Work
 from llama_fast.engine.scheduler import Sequence as SequenceInCache
-from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, RequestError
+from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, RequestError, brief
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_BATCH = 16
 DEFAULT_PREFILL_CHUNK = 512
 # Prompt positions whose logits are in memory at once while prompts are scored.
-_SCORED_ROWS = 64
+SCORED_ROWS = 64
 
 
 class Engine:
@@ -63,16 +63,14 @@ class Engine:
         split_size: int = SPLIT_SIZE,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     ) -> None:
-        sizes = {
-            "max_batch": max_batch,
-            "prefill_chunk": prefill_chunk,
-            "page_size": page_size,
-            "split_size": split_size,
-        }
-        for name, value in {**sizes, "max_seq_len": max_seq_len, "cache_bytes": cache_bytes}.items():
-            optional = name not in sizes
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise RequestError(f"{name}={value!r} must be a positive integer{' or None' if optional else ''}")
+        check_sizes(
+            max_batch=max_batch,
+            max_seq_len=max_seq_len,
+            cache_bytes=cache_bytes,
+            page_size=page_size,
+            split_size=split_size,
+            prefill_chunk=prefill_chunk,
+        )
         context_len = model.model.rotary.context_len
         self.max_seq_len, pages = cache_size(model, max_batch, max_seq_len, cache_bytes, page_size)
         if self.max_seq_len > context_len:
@@ -107,12 +105,15 @@ class Engine:
         """
         sampling, prompt_ids = request.sampling, request.prompt_token_ids
         if not prompt_ids:
-            raise RequestError("the prompt has no tokens; give at least one (the tokenizer adds no bos token here)")
+            raise RequestError(
+                f"prompt {request.index}: the prompt has no tokens; give at least one (the tokenizer adds no bos here)"
+            )
         vocab_size = self.model.config.vocab_size
         for position, token_id in enumerate(prompt_ids):
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise RequestError(
-                    f"prompt_token_ids[{position}]={token_id!r} is not an id of the vocabulary, 0 to {vocab_size - 1}"
+                    f"prompt {request.index}: prompt_token_ids[{position}]={brief(token_id)} is not an id of the "
+                    f"vocabulary, 0 to {vocab_size - 1}"
                 )
         if sampling.n > self.max_batch:
             raise RequestError(f"n={sampling.n} exceeds max_batch={self.max_batch}; build the engine with a larger one")
@@ -270,8 +271,8 @@ class Engine:
             return
         num_top = request.sampling.prompt_logprobs or 0
         # The last prompt token predicts no prompt token.
-        for start in range(work.start, min(work.end, sequence.prompt_len - 1), _SCORED_ROWS):
-            end = min(start + _SCORED_ROWS, work.end, sequence.prompt_len - 1)
+        for start in range(work.start, min(work.end, sequence.prompt_len - 1), SCORED_ROWS):
+            end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
             logits = self.model.logits(hidden_states[start - work.start : end - work.start], self.ops)
             targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=logits.device)
             request.prompt_logprobs += self._logprobs(logits, targets, num_top)

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from tqdm import tqdm
 
 from llama_fast.engine.engine import DEFAULT_MAX_BATCH, DEFAULT_PREFILL_CHUNK, Engine
 from llama_fast.engine.outputs import RequestOutput, TokenChunk
+from llama_fast.engine.plan import engine_sizes
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.errors import GenerationInterrupted, RequestError
 from llama_fast.model.checkpoint import find_folder
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE
 from llama_fast.model.llama import LlamaLM
-from llama_fast.model.loading import load_model
+from llama_fast.model.loading import check_tokenizer, open_checkpoint, read_model
+from llama_fast.model.progress import ProgressBar
+from llama_fast.ops import select_backend
 from llama_fast.tokenizer import LlamaTokenizer
 
 Prompt = str | Sequence[int]
@@ -41,6 +43,8 @@ class LLM:
         device: None picks the first GPU, else the CPU.
         dtype: "auto" keeps the checkpoint's; else a torch dtype or its name.
         backend: "auto", "reference", "cpu" or "gpu".
+        load: "mmap" shares the weights' pages with their files on the CPU; "copy" reads them into memory of their own,
+            so that files may be rewritten while the model runs.
         max_batch, max_seq_len, cache_bytes, page_size, split_size, prefill_chunk: see `Engine`.
         revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
@@ -56,6 +60,7 @@ class LLM:
         device: str | int | torch.device | None = None,
         dtype: str | torch.dtype | None = "auto",
         backend: str = "auto",
+        load: str = "mmap",
         max_batch: int = DEFAULT_MAX_BATCH,
         max_seq_len: int | None = None,
         cache_bytes: int | None = None,
@@ -72,7 +77,21 @@ class LLM:
         )
         self.tokenizer = LlamaTokenizer.from_pretrained(folder)
         self.generation_defaults = GenerationDefaults.from_folder(folder)
-        self.model: LlamaLM = load_model(LlamaLM, folder, dtype=dtype, device=device)
+        checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
+        self.generation_defaults.check_vocab(checkpoint.config.vocab_size)
+        check_tokenizer(self.tokenizer, checkpoint.config, checkpoint.folder)
+        select_backend(backend, checkpoint.device)
+        # Before a weight is read, so that what does not fit costs nothing. Engine would count weights that were copied
+        # or cast twice: as memory that is taken, and as memory that they will take.
+        max_seq_len, cache_bytes = engine_sizes(
+            checkpoint,
+            max_batch=max_batch,
+            max_seq_len=max_seq_len,
+            cache_bytes=cache_bytes,
+            page_size=page_size,
+            prefill_chunk=prefill_chunk,
+        )
+        self.model: LlamaLM = read_model(LlamaLM, checkpoint, load=load)
         self.engine = Engine(
             self.model,
             backend=backend,
@@ -111,7 +130,7 @@ class LLM:
         try:
             with (
                 closing(self.engine.run(requests)) as steps,
-                tqdm(total=len(requests), desc="prompts", disable=not use_tqdm) as bar,
+                ProgressBar(total=len(requests), desc="prompts", disable=not use_tqdm) as bar,
             ):
                 for samples in steps:
                     ended = {s.request.index for s in samples if s.request.metrics.finished is not None}
@@ -128,7 +147,7 @@ class LLM:
         """Like `generate`, handing out text as it becomes final.
 
         The joined texts of a sample's chunks are the text that `generate` returns. Closing the iterator ends the
-        requests. Ctrl-C raises GenerationInterrupted as in `generate`.
+        requests. Ctrl-C raises GenerationInterrupted as in `generate`. The call itself refuses invalid requests.
         """
         return self._stream(self._requests(prompts, sampling_params))
 
@@ -152,10 +171,11 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         prompt_list = _prompt_list(prompts)
+        params: Sequence[SamplingParams] = ()
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompt_list)
-        else:
-            params = list(sampling_params)
+        elif isinstance(sampling_params, list | tuple):
+            params = sampling_params
         if len(params) != len(prompt_list) or not all(isinstance(one, SamplingParams) for one in params):
             raise RequestError(
                 f"sampling_params must be SamplingParams, one for all or one for each of {len(prompt_list)} prompts"
@@ -163,7 +183,7 @@ class LLM:
         config = self.model.config
         requests = []
         for index, (prompt, one) in enumerate(zip(prompt_list, params, strict=True)):
-            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
+            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _id_list(prompt, index)
             resolved = one.resolve(
                 self.generation_defaults,
                 config.eos_token_id,
@@ -172,7 +192,9 @@ class LLM:
                 vocab_size=config.vocab_size,
             )
             text = prompt if isinstance(prompt, str) else None
-            requests.append(Request(text, prompt_ids, resolved, self.tokenizer, index))
+            # Made plain only now: a prompt that is too long by far has been refused by its length alone.
+            requests.append(Request(text, _plain(prompt_ids), resolved, self.tokenizer, index))
+            self.engine.check(requests[-1])
         return requests
 
 
@@ -191,14 +213,18 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _ids(prompt: Sequence[int]) -> list[int]:
-    """Plain ints of a list, tensor or array; what is not an id is left for the engine to refuse."""
+def _id_list(prompt: Sequence[int], index: int) -> Sequence[int]:
+    """A list, tuple, tensor or array as a list or tuple."""
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
     if not isinstance(prompt, list | tuple):
-        raise RequestError(f"a prompt must be a text or a list of token ids; got {type(prompt).__name__}")
-    plain = [i if isinstance(i, bool) or not isinstance(i, numbers.Integral) else int(i) for i in prompt]
-    return cast(list[int], plain)
+        raise RequestError(f"prompt {index} must be a text or a list of token ids; got {type(prompt).__name__}")
+    return prompt
+
+
+def _plain(prompt_ids: Sequence[int]) -> list[int]:
+    """Plain ints for any integers; what is not an id is left for the engine to refuse."""
+    return [i if isinstance(i, bool) or not isinstance(i, numbers.Integral) else int(i) for i in prompt_ids]
 
 
 def _aborted(requests: list[Request]) -> list[RequestOutput]:

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.llm import LLM
 from llama_fast.engine.sampling import SamplingParams
 from llama_fast.errors import NonFiniteLogitsError, RequestError
 from llama_fast.model.checkpoint import find_folder
+from llama_fast.model.progress import ProgressBar
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -130,7 +129,9 @@ def perplexity(
     windows = list(_windows(bos_ids + text_ids, context, stride, repeat_first=bool(bos_ids)))
     num_tokens = sum(len(window.token_ids) - window.first_scored for window in windows)
     sums: list[float] = []
-    with tqdm(total=num_tokens, unit="token", disable=None if show_progress is None else not show_progress) as bar:
+    with ProgressBar(
+        total=num_tokens, unit="token", disable=None if show_progress is None else not show_progress
+    ) as bar:
         # A few windows a call: the log probabilities of a long text would fill the memory as Python objects.
         for start in range(0, len(windows), llm.engine.max_batch):
             group = windows[start : start + llm.engine.max_batch]

@@ -8,16 +8,27 @@ do_sample=True as well).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from llama_fast.engine.generation_config import GenerationDefaults, checked, id_tuple
-from llama_fast.errors import ContextLengthError, RequestError
+from llama_fast.engine.generation_config import GenerationDefaults
+from llama_fast.engine.parameter_checks import MAX_LOGIT_BIAS, checked, id_tuple
+from llama_fast.errors import ContextLengthError, RequestError, UnsupportedError, listed
 
 __all__ = ["MIN_TEMPERATURE", "GenerationDefaults", "ResolvedSampling", "SamplingParams"]
 
 _T = TypeVar("_T")
+
+# Fields of other engines' requests that would change the answer. Known here to be told "not supported".
+_UNSUPPORTED = {
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
+    *("structured_outputs", "structural_tag", "response_format", "json_schema", "regex", "grammar", "ebnf"),
+    *("best_of", "use_beam_search", "num_beams", "length_penalty", "early_stopping"),
+    *("bad_words", "allowed_token_ids", "logits_processors", "no_repeat_ngram_size", "typical_p"),
+    *("tools", "tool_choice", "functions", "function_call", "truncate_prompt_tokens", "echo", "suffix"),
+}
 
 # Below this, dividing by the temperature leaves fp32 nothing to choose from: greedy, exactly.
 MIN_TEMPERATURE = 1e-5
@@ -84,6 +95,27 @@ class SamplingParams:
                 object.__setattr__(self, spec.name, checked(spec.name, value))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower min_tokens")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SamplingParams:
+        """Parameters of a request from outside, as JSON has them: null is unset, keys of logit_bias are texts.
+
+        Raises:
+            RequestError: a field is unknown, of another type or out of range; nothing is converted or ignored.
+            UnsupportedError: a field that other engines know and that would change the answer.
+        """
+        if not isinstance(content, Mapping):
+            raise RequestError(f"sampling parameters must be an object; got {type(content).__name__}")
+        given = {name: value for name, value in content.items() if value is not None}
+        if unsupported := sorted(given.keys() & _UNSUPPORTED):
+            raise UnsupportedError(f"{', '.join(unsupported)}: not supported; leave the field out")
+        known = {spec.name: spec for spec in fields(cls)}
+        if unknown := [str(name) for name in given if name not in known]:
+            raise RequestError(f"unknown fields: {listed(unknown)}; known are {', '.join(known)}")
+        bias = given.get("logit_bias")
+        if isinstance(bias, Mapping) and len(bias) <= MAX_LOGIT_BIAS:
+            given["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+        return cls(**given)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Check the token ids that the fields name.
@@ -209,6 +241,11 @@ class ResolvedSampling:
     logprobs: int | None
     prompt_logprobs: int | None
     skip_special_tokens: bool
+
+
+def _token_id(key: Any) -> Any:
+    """A JSON object's key as an id if it is one's decimal digits, else as it is, for `checked` to refuse."""
+    return int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,9}", key) else key
 
 
 def _first(*values: _T | None) -> _T:

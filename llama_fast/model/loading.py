@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from llama_fast.config import LlamaConfig
-from llama_fast.errors import BackendError, UnsupportedError
-from llama_fast.model.checkpoint import load_weights
+from llama_fast.errors import BackendError, CheckpointMismatchError, UnsupportedError, listed
+from llama_fast.model.checkpoint import CheckpointFiles, load_weights
 from llama_fast.model.llama import LlamaLM
+from llama_fast.model.quantization import refuse_quantized
+from llama_fast.tokenizer import LlamaTokenizer
 
 ModelT = TypeVar("ModelT", bound=LlamaLM)
 
@@ -51,24 +54,77 @@ def pick_dtype(dtype: str | torch.dtype | None, config: LlamaConfig) -> torch.dt
     return picked
 
 
-def load_model(
-    model_class: type[ModelT], folder: Path, *, dtype: str | torch.dtype | None, device: str | int | torch.device | None
-) -> ModelT:
-    """Build `model_class` and give it the folder's weights; on the CPU in their own dtype they stay mapped.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder says before a weight is read, and where and in which dtype the model will run."""
+
+    folder: Path
+    config: LlamaConfig
+    files: CheckpointFiles
+    dtype: torch.dtype
+    device: torch.device
+
+
+def open_checkpoint(
+    folder: Path, *, dtype: str | torch.dtype | None, device: str | int | torch.device | None
+) -> Checkpoint:
+    """Read config.json and the headers of the weights.
 
     Raises:
         ConfigError, CheckpointError: the folder's files are wrong.
         UnsupportedError: quantized weights or a dtype that is not supported.
+        BackendError: the device is not there.
     """
     config = LlamaConfig.from_pretrained(folder)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(
-            f"{folder}/config.json: quantization_config.quant_method={method!r} is not supported yet"
-        )
+    refuse_quantized(config, folder)
     target = pick_device(device)
+    files = CheckpointFiles.open(folder)
+    picked = pick_dtype(dtype, config)
+    if picked is None:  # as load_weights: the embedding's, which a tied head may stand for
+        names = ("embed_tokens.weight", "lm_head.weight")
+        stored = {name.removeprefix("model."): dtype for name, dtype in files.dtypes.items()}
+        picked = next((stored[name] for name in names if name in stored), torch.float32)
+    return Checkpoint(folder, config, files, picked, target)
+
+
+def read_model(model_class: type[ModelT], checkpoint: Checkpoint, *, load: str = "mmap") -> ModelT:
+    """Build `model_class` and give it the weights; on the CPU in their own dtype they stay mapped.
+
+    Args:
+        load: "mmap" or "copy" (see checkpoint.py).
+
+    Raises:
+        ConfigError, CheckpointError: the files do not fit the model, or `load` is neither.
+        OutOfMemoryError: the device ran out of memory.
+    """
     with torch.device("meta"):
-        model = model_class(config)
-    load_weights(model, folder, dtype=pick_dtype(dtype, config), device=target)
+        model = model_class(checkpoint.config)
+    load_weights(model, checkpoint.files, dtype=checkpoint.dtype, device=checkpoint.device, load=load)
     return model.eval()
+
+
+def load_model(
+    model_class: type[ModelT],
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None,
+    device: str | int | torch.device | None,
+    load: str = "mmap",
+) -> ModelT:
+    """`open_checkpoint`, then `read_model`."""
+    return read_model(model_class, open_checkpoint(folder, dtype=dtype, device=device), load=load)
+
+
+def check_tokenizer(tokenizer: LlamaTokenizer, config: LlamaConfig, folder: Path) -> None:
+    """Raise CheckpointMismatchError if a token's id has no row in the embedding.
+
+    Fewer tokens than rows are legal: many models round their vocabulary up. The further ids decode to no text.
+    """
+    beyond = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id >= config.vocab_size}
+    if beyond:
+        tokens = listed(f"{token} ({token_id})" for token, token_id in sorted(beyond.items(), key=lambda item: item[1]))
+        raise CheckpointMismatchError(
+            f"{folder}: {len(beyond)} tokens of the tokenizer have ids that are not below vocab_size="
+            f"{config.vocab_size} of config.json: {tokens}; remove them, or use the tokenizer that the model was "
+            "trained with"
+        )

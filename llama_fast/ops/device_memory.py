@@ -14,12 +14,14 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device, weight_bytes: int) -> int:
-    """Bytes that can still be allocated on `device` beside a model's loaded weights.
+    """Bytes that can still be allocated on `device` beside a model's loaded weights; 0 weight_bytes: before loading.
 
     A GPU's weights are taken already; on the CPU mapped ones count as free memory until they are read.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # PyTorch keeps what a deleted model had for the next one; the driver does not know that it is free.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     limits = []
     try:
         # MemAvailable counts the page cache that can be dropped; SC_AVPHYS_PAGES does not.

@@ -45,7 +45,7 @@ __all__ = [
 
 # Rows of the LM head widened to fp32 at a time, few enough to stay in cache: at 128256 x 2048 on 2 cores 512 rows took
 # 92 ms a token, 4096 rows 141 ms.
-_HEAD_CHUNK = 512
+HEAD_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,6 @@ def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
     hidden_states = widen(rms_norm(x, norm.weight, norm.eps))
     (part,) = lm_head.parts
     # A 16-bit head is widened a chunk at a time: a whole fp32 copy would double the memory of a 128k vocabulary.
-    chunks = [part.weight] if part.weight.dtype == hidden_states.dtype else part.weight.split(_HEAD_CHUNK)
+    chunks = [part.weight] if part.weight.dtype == hidden_states.dtype else part.weight.split(HEAD_CHUNK)
     logits = torch.cat([_matmul(hidden_states, chunk.to(hidden_states.dtype), None) for chunk in chunks], dim=-1)
     return logits if part.bias is None else logits + part.bias

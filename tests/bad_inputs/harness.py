@@ -83,7 +83,7 @@ def check_message(error: LlamaFastError) -> None:
 def _bounded(seconds: float, memory: int):
     gc.collect()
     _reset_peak()
-    before, start = _rss(), time.monotonic()
+    before, start = rss(), time.monotonic()
     yield
     took, peak = time.monotonic() - start, _peak() - before
     check(took <= seconds, f"took {took:.2f} s, more than {seconds} s")
@@ -100,7 +100,7 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _rss() -> int:
+def rss() -> int:
     return _status("VmRSS:")
 
 

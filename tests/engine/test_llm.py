@@ -73,7 +73,7 @@ def llm(folder):
 def speller(tmp_path_factory):
     """Says SPELLED after the bos token, then eos: the layers add nothing, the head maps a token to the next one."""
     path = tmp_path_factory.mktemp("spelling")
-    tokenizer = LlamaTokenizer(BUILT["llama3"], NAMES)
+    tokenizer = LlamaTokenizer.from_backend(BUILT["llama3"], NAMES)
     ids = [*tokenizer.encode(SPELLED), tokenizer.eos_token_id]
     assert len(set(ids)) == len(ids)
     model = _build(path, {"rms_norm_eps": 1e-12})
@@ -140,7 +140,7 @@ def test_greedy_texts_are_those_of_transformers(llm, folder):
             ids.append(int(row.argmax()))
         (sample,) = output.outputs
         assert sample.token_ids == ids[len(output.prompt_token_ids) :]
-        assert sample.text == llm.tokenizer.decode(sample.token_ids)
+        assert sample.text == llm.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
         assert (sample.finish_reason, sample.logprobs, output.prompt_logprobs, output.error) == ("length",) + (
             None,
         ) * 3
@@ -257,7 +257,7 @@ def test_G13_eos_of_config_and_of_generation_config(llm, folder, tmp_path, form)
         other = LLM(path, **ENGINE)
         sample = _only(other.generate("a", GREEDY))
         assert (sample.token_ids, sample.finish_reason, sample.stop_reason) == (plain[: end + 1], "stop", plain[end])
-        assert sample.text == llm.tokenizer.decode(plain[:end])  # without the eos token
+        assert sample.text == llm.tokenizer.decode(plain[:end], skip_special_tokens=True)  # without the eos token
         assert _only(other.generate("a", SamplingParams(max_tokens=12, ignore_eos=True))).token_ids == plain
 
 
@@ -296,7 +296,7 @@ def test_G10_stop_strings_over_tokens_and_characters(speller, stop, text):
         assert sample.stop_reason in stops
         assert SPELLED.startswith(text + sample.stop_reason)
         # It stopped with the token that completed the stop string.
-        assert speller.tokenizer.decode(sample.token_ids).endswith(sample.stop_reason)
+        assert speller.tokenizer.decode(sample.token_ids, skip_special_tokens=True).endswith(sample.stop_reason)
     assert _streamed(speller, "", params) == _whole(speller.generate("", params))
 
 
@@ -315,7 +315,7 @@ def test_streamed_text_never_shows_a_broken_character(speller, max_tokens):
         shown += chunk.text
         assert SPELLED.startswith(shown) or chunk.finish_reason == "length"
     assert shown == _only(speller.generate("", params)).text
-    assert shown == speller.tokenizer.decode(speller.tokenizer.encode(SPELLED)[1 : max_tokens + 1])
+    assert shown == speller.tokenizer.decode(speller.tokenizer.encode(SPELLED)[1 : max_tokens + 1], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -341,7 +341,7 @@ def test_stream_joins_to_what_generate_returns(llm, params):
     assert _streamed(llm, PROMPTS, params) == _whole(outputs)
     for output in outputs:
         for sample in output.outputs:
-            assert llm.tokenizer.decode(sample.token_ids) == sample.text
+            assert llm.tokenizer.decode(sample.token_ids, skip_special_tokens=True) == sample.text
 
 
 def test_special_tokens_in_the_text(speller):
@@ -443,7 +443,7 @@ def test_K04_ctrl_c_keeps_what_was_generated(llm, monkeypatch, op_name, call, st
                 num_aborted += 1
                 assert len(sample.token_ids) < len(other.token_ids)
                 assert sample.token_ids == other.token_ids[: len(sample.token_ids)]
-                assert sample.text == llm.tokenizer.decode(sample.token_ids)
+                assert sample.text == llm.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
             else:
                 assert sample == other
     assert num_aborted == still_running

@@ -72,6 +72,13 @@ def test_free_bytes_is_what_the_system_says():
     assert 0 < free_bytes(torch.device("cpu"), 0) <= total
 
 
+def test_what_pytorch_keeps_on_a_gpu_is_free(monkeypatch):
+    """A model that was deleted makes room for the next one, although the driver still counts its memory."""
+    for name, value in {"mem_get_info": (1000, 5000), "memory_reserved": 700, "memory_allocated": 200}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda"), 300) == 1500
+
+
 def test_L09_a_control_group_limits_what_is_free(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
