@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from llama_fast.engine.llm import LLM
     from llama_fast.engine.outputs import CompletionOutput, RequestOutput
     from llama_fast.engine.sampling import SamplingParams
-    from llama_fast.tokenizer import LlamaTokenizer
+    from llama_fast.tokenizer import BatchEncoding, LlamaTokenizer, LlamaTokenizerFast
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BatchEncoding",
     "CompletionOutput",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LlamaTokenizer",
+    "LlamaTokenizerFast",
     "RequestOutput",
     "SamplingParams",
     "errors",
@@ -31,11 +33,13 @@ __all__ = [
 
 # The imports above, for the running program.
 _HOMES = {
+    "BatchEncoding": "llama_fast.tokenizer",
     "CompletionOutput": "llama_fast.engine.outputs",
     "LLM": "llama_fast.engine.llm",
     "LlamaConfig": "llama_fast.config",
     "LlamaForCausalLM": "llama_fast.api.modeling",
     "LlamaTokenizer": "llama_fast.tokenizer",
+    "LlamaTokenizerFast": "llama_fast.tokenizer",
     "RequestOutput": "llama_fast.engine.outputs",
     "SamplingParams": "llama_fast.engine.sampling",
 }

@@ -14,7 +14,7 @@ def save_byte_model(folder, *, adds_bos=True):
     backend.decoder = decoders.ByteLevel()
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
-    LlamaTokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}).save_pretrained(folder)
+    LlamaTokenizer.from_backend(backend, {"bos_token": "<s>", "eos_token": "</s>"}).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=258,

@@ -60,7 +60,7 @@ GENUINE = ["tokenizers/llama3", "tokenizers/tinyllama", "stories260K"]
 
 
 def built(name: str, **config: object) -> LlamaTokenizer:
-    return LlamaTokenizer(Tokenizer.from_str(BUILT[name].to_str()), {**NAMES, **config})
+    return LlamaTokenizer.from_backend(Tokenizer.from_str(BUILT[name].to_str()), {**NAMES, **config})
 
 
 TOKENIZERS = {name: built(name) for name in BUILT}

@@ -96,7 +96,7 @@ def train_tokenizer(stories: Sequence[str]) -> LlamaTokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )
-    return LlamaTokenizer(backend, {"bos_token": BOS, "eos_token": EOS, "model_max_length": CONTEXT})
+    return LlamaTokenizer.from_backend(backend, {"bos_token": BOS, "eos_token": EOS, "model_max_length": CONTEXT})
 
 
 def encode_stories(tokenizer: LlamaTokenizer, stories: Sequence[str]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer, decoders
 from tokenizers.pre_tokenizers import ByteLevel
 
-from llama_fast.errors import LlamaFastError, RequestError
+from llama_fast.errors import LlamaFastError, RequestError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def translated(error: type[LlamaFastError], what: str) -> Iterator[None]:
         raise
     except BaseException as cause:
         if isinstance(cause, Exception) or type(cause).__name__ == "PanicException":
-            raise error(f"{what}: {cause}") from cause
+            raise error(f"{what}: {shown(str(cause))}") from cause
         raise
 
 

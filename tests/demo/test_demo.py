@@ -53,7 +53,7 @@ def test_loads_in_transformers():
     text = "Lily's dog said, “Hi!”\nThey ran 123 miles.  Ünï 🐶 <|end_of_text|>"
     ours, theirs = LlamaTokenizer.from_pretrained(demo.PATH), AutoTokenizer.from_pretrained(demo.PATH)
     assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids
-    assert ours.decode(ours.encode(text)) == text
+    assert ours.decode(ours.encode(text), skip_special_tokens=True) == text
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert len(ours) == len(theirs) == LlamaForCausalLM.from_pretrained(demo.PATH).config.vocab_size
 

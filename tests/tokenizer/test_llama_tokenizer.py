@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from llama_fast.errors import RequestError
+from llama_fast.errors import RequestError, TokenizerFileError
 from llama_fast.tokenizer import LlamaTokenizer
 from tests.tokenizer_samples import (
     BUILT,
@@ -55,7 +55,8 @@ def test_published_vectors(shared_data, vectors, folder):
     cases = [case for case in cases if case["tokenizer"] == vectors]
     assert len(cases) >= 20
     for case in cases:
-        assert tokenizer.encode(case["text"], case["special"], case["parse_special"]) == case["ids"], case
+        flags = {"add_special_tokens": case["special"], "parse_special_tokens": case["parse_special"]}
+        assert tokenizer.encode(case["text"], **flags) == case["ids"], case
 
 
 @pytest.fixture(params=["built_llama2", "built_llama3", *GENUINE])
@@ -81,14 +82,14 @@ def test_T38_equal_to_transformers(with_oracle):
     for text in [*TEXTS, "a<s>b</s> c", "<|begin_of_text|>hi<|eot_id|>\n"]:
         for special in (False, True):
             theirs.split_special_tokens = True
-            assert ours.encode(text, special) == theirs.encode(
+            assert ours.encode(text, add_special_tokens=special) == theirs.encode(
                 text, add_special_tokens=special, split_special_tokens=True
             )
             expected = theirs.encode(text, add_special_tokens=special, split_special_tokens=False)
             bos = theirs.encode("")[:1] if special else []
             if bos and expected[:2] == bos * 2:
                 expected = expected[1:]  # theirs doubles the bos, ours does not
-            ids = ours.encode(text, special, parse_special_tokens=True)
+            ids = ours.encode(text, add_special_tokens=special, parse_special_tokens=True)
             assert ids == expected
             for skip in (False, True):
                 assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
@@ -101,14 +102,14 @@ def test_T37_round_trip(name, text):
     """Byte-level BPE gives back every text; SentencePiece's too, by byte fallback, except that a space becomes ▁."""
     tokenizer = TOKENIZERS[name]
     text = text if name == "llama3" else text.replace("▁", " ")
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
 def test_T37_first_word_loses_its_space(shared_data):
     tokenizer = genuine(shared_data, "tokenizers/tinyllama")
     assert tokenizer.decode([15043, 3186]) == "Hello world"
-    assert tokenizer.decode([1, 15043, 2], skip_special_tokens=False) == "<s> Hello</s>"
-    assert tokenizer.decode([1, 15043, 2]) == "Hello"
+    assert tokenizer.decode([1, 15043, 2]) == "<s> Hello</s>"
+    assert tokenizer.decode([1, 15043, 2], skip_special_tokens=True) == "Hello"
 
 
 @settings(max_examples=100, deadline=None)
@@ -147,7 +148,7 @@ def test_stored_truncation_and_padding_are_switched_off():
     backend = byte_level()
     backend.enable_truncation(4)
     backend.enable_padding(length=12)
-    assert len(LlamaTokenizer(backend).encode("abcdefgh")) == 9  # bos and eight bytes
+    assert len(LlamaTokenizer.from_backend(backend).encode("abcdefgh")) == 9  # bos and eight bytes
 
 
 def test_normalized_special_tokens_are_skipped():
@@ -156,10 +157,10 @@ def test_normalized_special_tokens_are_skipped():
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
         token["normalized"] = True
-    tokenizer = LlamaTokenizer(Tokenizer.from_str(json.dumps(spec)), NAMES)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode("hello", False), tokenizer.eos_token_id]
-    assert tokenizer.decode(ids) == "hello"
-    stream = tokenizer.stream()
+    tokenizer = LlamaTokenizer.from_backend(Tokenizer.from_str(json.dumps(spec)), NAMES)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("hello", add_special_tokens=False), tokenizer.eos_token_id]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+    stream = tokenizer.stream(skip_special_tokens=True)
     assert "".join(map(stream.push, ids)) == "hello"
 
 
@@ -175,7 +176,7 @@ def test_ids_out_of_range(ids, message):
 
 def test_A14_ids_unknown_to_the_tokenizer_decode_to_nothing():
     tokenizer = TOKENIZERS["llama3"]
-    ids = tokenizer.encode("hello", False)
+    ids = tokenizer.encode("hello", add_special_tokens=False)
     assert tokenizer.decode([*ids, len(tokenizer), 2**32 - 1]) == "hello"
     assert tokenizer.stream().push(len(tokenizer)) == ""
 
@@ -185,7 +186,7 @@ def test_decode_takes_arrays_and_single_ids():
     import torch
 
     tokenizer = TOKENIZERS["llama3"]
-    ids = tokenizer.encode("hello", False)
+    ids = tokenizer.encode("hello", add_special_tokens=False)
     assert (
         tokenizer.decode(np.array(ids))
         == tokenizer.decode(torch.tensor(ids))
@@ -204,19 +205,26 @@ def test_D06_text_that_is_no_text(text, message):
         TOKENIZERS["llama2"].encode(text)
 
 
-def test_clean_up_flag_is_for_other_models_than_bpe():
+def test_T7_clean_up_flag_is_for_other_models_than_bpe():
     """As in transformers 5: Llama 3 checkpoints set the flag, and it would delete genuine spaces."""
     text = "we do n't , you 've ."
     tokenizer = built("llama3", clean_up_tokenization_spaces=True)
-    ids = tokenizer.encode(text, False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=True) == "we don't, you've."
 
     words = {word: index for index, word in enumerate(text.split())}
     backend = Tokenizer(models.WordLevel(words, unk_token="."))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = LlamaTokenizer(backend, {"clean_up_tokenization_spaces": True})
+    tokenizer = LlamaTokenizer.from_backend(backend, {"clean_up_tokenization_spaces": True})
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == "we don't, you've."
     stream = tokenizer.stream()
     assert "".join([*map(stream.push, ids), stream.finish()]) == "we don't, you've."
+
+
+def test_T4_dropout_is_refused():
+    backend = sentence_piece_like(LLAMA_2_DECODER)
+    backend.model.dropout = 0.1
+    with pytest.raises(TokenizerFileError, match=r"model\.dropout is 0\.1"):
+        LlamaTokenizer.from_backend(backend)

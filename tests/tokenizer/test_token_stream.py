@@ -151,7 +151,7 @@ def test_stream_work_does_not_grow_with_the_text(monkeypatch):
 
 
 def test_unknown_decoder_streams_at_the_end_and_says_so(caplog):
-    tokenizer = LlamaTokenizer(sentence_piece_like([decoders.CTC(pad_token="logged once per decoder")]))
+    tokenizer = LlamaTokenizer.from_backend(sentence_piece_like([decoders.CTC(pad_token="logged once per decoder")]))
     ids = tokenizer.encode("hello hello", add_special_tokens=False)
     for _ in range(2):
         stream = tokenizer.stream()
@@ -161,7 +161,7 @@ def test_unknown_decoder_streams_at_the_end_and_says_so(caplog):
 
 
 def test_D02_panic_of_an_unknown_decoder():
-    tokenizer = LlamaTokenizer(sentence_piece_like([*LLAMA_2_DECODER[:3], decoders.Strip(" ", 1, 1)]))
+    tokenizer = LlamaTokenizer.from_backend(sentence_piece_like([*LLAMA_2_DECODER[:3], decoders.Strip(" ", 1, 1)]))
     stream = tokenizer.stream()
     with pytest.raises(RequestError, match="could not be decoded"):
         tokenizer.decode([])
