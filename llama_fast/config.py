@@ -36,6 +36,7 @@ from llama_fast.config_file import (
 )
 from llama_fast.config_rope import DEFAULT_ROPE_THETA, RopeViews, as_rope_dict, check_rope, merge_rope, warn_rope
 from llama_fast.errors import ConfigError, shown
+from llama_fast.hub import find_folder
 
 __all__ = ["ACTIVATIONS", "LlamaConfig"]
 
@@ -244,14 +245,36 @@ class LlamaConfig(RopeViews):
         check_rope(self._rope_parameters, self)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Read `folder`/config.json; keyword arguments replace its fields, or stand in for those it lacks.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Read the config.json of a folder or hub id.
+
+        Args:
+            revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
+            **kwargs: replace the file's fields, or stand in for those it lacks.
 
         Raises:
+            CheckpointPathError: there is no such folder and no such hub repository.
             ConfigError: no readable config.json there, it is no Llama's, lacks a field or its content is wrong.
         """
-        config = cls.from_json_file(Path(folder) / "config.json", **kwargs)
-        config._name_or_path = str(folder)
+        folder = find_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            weights=False,
+        )
+        config = cls.from_json_file(folder / "config.json", **kwargs)
+        config._name_or_path = str(pretrained_model_name_or_path)
         return config
 
     @classmethod

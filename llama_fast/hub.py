@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from llama_fast.errors import CheckpointPathError, shown
-from llama_fast.model.checkpoint_files import SINGLE_FILE
 
 # Configuration, tokenizer, chat template and the weights' index; and the weights.
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
@@ -39,7 +38,7 @@ def find_folder(
     if repo_id and path.is_dir():
         return path
     if path.is_file():
-        raise CheckpointPathError(f"{path} is a file; give the folder that holds config.json and {SINGLE_FILE}")
+        raise CheckpointPathError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
     accepted = "give an existing folder, or a hub id such as meta-llama/Llama-3.2-1B"
     if repo_id.count("/") != 1:
         raise CheckpointPathError(f"no folder '{shown(repo_id)}'; {accepted}")

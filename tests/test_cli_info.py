@@ -142,7 +142,7 @@ def test_of_a_hub_id_no_weights_are_downloaded(run, folder, monkeypatch):
         asked.append((name, revision, weights))
         return folder
 
-    monkeypatch.setattr("llama_fast.model.hub.find_folder", find_folder)
+    monkeypatch.setattr("llama_fast.hub.find_folder", find_folder)
     (folder / "model.safetensors").unlink()
     status, out, _ = run("owner/name", "--revision", "v1")
     assert (status, asked) == (0, [("owner/name", "v1", False)])

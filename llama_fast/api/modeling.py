@@ -17,8 +17,9 @@ from llama_fast.api.outputs import CausalLMOutputWithPast
 from llama_fast.engine.plan import check_weights
 from llama_fast.engine.sampling import GenerationDefaults
 from llama_fast.errors import CheckpointIOError, RequestError, UnsupportedError
+from llama_fast.hub import find_folder
 from llama_fast.model.batch import Batch
-from llama_fast.model.checkpoint import find_folder, save_weights
+from llama_fast.model.checkpoint import save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import open_checkpoint, read_model
 from llama_fast.ops import reference, select_backend

@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print it; 0 if nothing is wrong."""
     from llama_fast.engine.info import model_info
-    from llama_fast.model.hub import find_folder
+    from llama_fast.hub import find_folder
 
     weights = args.verify or Path(args.model).expanduser().is_dir()
     folder = find_folder(args.model, revision=args.revision, weights=weights)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 if it fits."""
     from llama_fast.engine.engine import DEFAULT_MAX_BATCH
     from llama_fast.engine.plan import MemoryPlan
-    from llama_fast.model.checkpoint import find_folder
+    from llama_fast.hub import find_folder
     from llama_fast.model.loading import open_checkpoint
     from llama_fast.ops import select_backend
 

@@ -18,7 +18,7 @@ from llama_fast.engine.plan import engine_sizes
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.errors import GenerationInterrupted, RequestError
-from llama_fast.model.checkpoint import find_folder
+from llama_fast.hub import find_folder
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import check_tokenizer, open_checkpoint, read_model

@@ -22,7 +22,7 @@ from llama_fast.config import LlamaConfig
 from llama_fast.engine.llm import LLM
 from llama_fast.engine.sampling import SamplingParams
 from llama_fast.errors import NonFiniteLogitsError, RequestError
-from llama_fast.model.checkpoint import find_folder
+from llama_fast.hub import find_folder
 from llama_fast.model.progress import ProgressBar
 
 MAX_DEFAULT_CONTEXT = 2048

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from llama_fast.errors import CheckpointMismatchError, ConfigError, OutOfMemoryError, brief, listed, shown
 from llama_fast.model.checkpoint_files import CheckpointFiles
 from llama_fast.model.checkpoint_save import save_weights
-from llama_fast.model.hub import find_folder
 from llama_fast.model.progress import ProgressBar
 
-__all__ = ["CheckpointFiles", "LoadReport", "find_folder", "load_weights", "save_weights"]
+__all__ = ["CheckpointFiles", "LoadReport", "load_weights", "save_weights"]
 
 LOAD_MODES = ("mmap", "copy")
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -1,14 +1,17 @@
 """The folder of a checkpoint, from a path or a hub id; the hub's cache is laid out by hand."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
+from llama_fast import LlamaConfig, LlamaTokenizer, demo
 from llama_fast.errors import (
     CheckpointPathError,
 )
-from llama_fast.model.checkpoint import find_folder, load_weights
+from llama_fast.hub import find_folder
+from llama_fast.model.checkpoint import load_weights
 from tests.model.checkpoint_samples import (
     SINGLE,
     assert_same_state,
@@ -131,3 +134,18 @@ def test_F1_refusals_of_the_hub(monkeypatch, error, fix):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointPathError, match=fix):
         find_folder("owner/name")
+
+
+def test_F1_config_and_tokenizer_take_hub_ids(hub_cache):
+    snapshot = hub_cache / "models--owner--name" / "snapshots" / COMMIT
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.PATH / name, snapshot / name)
+    where = {"cache_dir": hub_cache, "local_files_only": True}
+    config = LlamaConfig.from_pretrained("owner/name", revision="main", num_hidden_layers=1, **where)
+    assert (config.vocab_size, config.num_hidden_layers) == (LlamaConfig.from_pretrained(demo.PATH).vocab_size, 1)
+    tokenizer = LlamaTokenizer.from_pretrained("owner/name", revision=COMMIT, **where)
+    assert tokenizer.encode("Once upon") == LlamaTokenizer.from_pretrained(demo.PATH).encode("Once upon")
+    assert config._name_or_path == tokenizer.name_or_path == "owner/name"
+    for read in (LlamaConfig.from_pretrained, LlamaTokenizer.from_pretrained):
+        with pytest.raises(CheckpointPathError, match="revision v2"):
+            read("owner/name", revision="v2", **where)
