@@ -381,7 +381,7 @@ def test_version(capsys):
     assert _printed(capsys, "--version") == f"llama-fast {llama_fast.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["perplexity"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["perplexity"], ["plan"]])
 def test_examples_of_help_are_accepted(capsys, command):
     examples = _printed(capsys, *command, "--help").partition("\nexamples:\n")[2].splitlines()
     assert len(examples) >= 3
@@ -392,7 +392,7 @@ def test_examples_of_help_are_accepted(capsys, command):
         if "--help" in words:
             assert _printed(capsys, *words)
         else:
-            assert cli._parser().parse_args(words).run in (cli.generate.run, cli.perplexity.run)
+            assert cli._parser().parse_args(words).run in [command.run for command in cli._COMMANDS]
 
 
 @pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"], ["generate", "x", "--top-p=2"]])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_fast.errors import RequestError
+
+if TYPE_CHECKING:
+    from llama_fast.engine.sampling import SamplingParams
 
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -36,11 +40,42 @@ def add_where(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=dtypes, default="auto", help="default: the model's")
     backends = ("auto", "reference", "cpu", "gpu")
     command.add_argument("--backend", choices=backends, default="auto", help="default: %(default)s")
+    modes = "mmap shares the files' pages; copy reads them into memory of its own (default: %(default)s)"
+    command.add_argument("--load", choices=("mmap", "copy"), default="mmap", help=modes)
 
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of LLM that `add_where` and `add_command` made."""
-    return {name: getattr(args, name) for name in ("device", "dtype", "backend", "revision")}
+    return {name: getattr(args, name) for name in ("device", "dtype", "backend", "load", "revision")}
+
+
+def add_sampling(command: argparse.ArgumentParser) -> Any:
+    """Options whose destinations are fields of SamplingParams; returns their group."""
+    group = command.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: to the context's end)")
+    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end before this many new tokens")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that hold mass P")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most probable one")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: less of prompt and answer")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="per occurrence in the answer")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="once if in the answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    group.add_argument("--seed", type=int, help="makes sampling repeatable (default: random; the last line tells it)")
+    return group
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """SamplingParams of the options; what they refuse is wrong usage."""
+    from llama_fast.engine.sampling import SamplingParams
+
+    try:
+        return SamplingParams(**{f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name in args})
+    except RequestError as error:
+        args.usage_error(str(error))
+        raise  # not reached
 
 
 def read_text(source: str, data: bytes | None = None) -> str:

@@ -8,11 +8,20 @@ import os
 import secrets
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llama_fast.cli.common import INTERRUPTED, add_command, add_where, positive, read_text, where
-from llama_fast.errors import GenerationInterrupted, LlamaFastError, RequestError
+from llama_fast.cli.common import (
+    INTERRUPTED,
+    add_command,
+    add_sampling,
+    add_where,
+    positive,
+    read_text,
+    sampling_params,
+    where,
+)
+from llama_fast.errors import GenerationInterrupted, LlamaFastError
 
 if TYPE_CHECKING:
     from llama_fast.engine.llm import LLM
@@ -43,38 +52,20 @@ def add(commands: Any) -> None:
     command.add_argument("--model", help="checkpoint folder or hub id owner/name (default: the bundled demo model)")
     command.add_argument("--max-seq-len", type=positive, metavar="N", help="most tokens of prompt and answer together")
     command.add_argument("--no-echo", action="store_true", help="print the continuation without its prompt")
-    # Destinations are the fields of SamplingParams.
-    group = command.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: to the context's end)")
-    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end before this many new tokens")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that hold mass P")
-    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most probable one")
-    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: less of prompt and answer")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="per occurrence in the answer")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="once if in the answer")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    group.add_argument("--seed", type=int, help="makes sampling repeatable (default: random; the last line tells it)")
+    group = add_sampling(command)
     group.add_argument("-n", "--num-samples", dest="n", type=int, default=1, metavar="N", help="how many continuations")
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log probabilities, also of the N best")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the continuation."""
-    from llama_fast.engine.sampling import SamplingParams
-
     given = (args.prompt is not None) + (args.file is not None)
     if given == 2 or (given == 0 and (sys.stdin is None or sys.stdin.isatty())):
         args.usage_error("give one prompt: as PROMPT, in --file FILE, or on stdin")
     if args.logprobs is not None and not args.json:
         args.usage_error("--logprobs is shown in JSON only; add --json")
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
-    try:
-        params = SamplingParams(**{f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name in args})
-    except RequestError as error:
-        args.usage_error(str(error))
+    params = sampling_params(args)
     if args.prompt in (None, "-"):
         prompt = read_text(args.file or "-").removesuffix("\n").removesuffix("\r")
     else:
