@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llama_fast import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from llama_fast.engine.generation_config import GenerationDefaults
-from llama_fast.errors import CheckpointMismatchError, ConfigError
+from llama_fast.errors import CheckpointMismatchError, CheckpointPathError, ConfigError
 from llama_fast.model.llama import LlamaLM
 from tests.bad_inputs.harness import accepted, check, check_message, refused
 from tests.byte_model import save_byte_model
@@ -81,7 +81,7 @@ def warnings() -> Iterator[list[str]]:
 
 def A01_missing(folder: Path) -> None:
     refused(ConfigError, lambda: LlamaConfig.from_pretrained(folder), str(folder / "config.json"))
-    refused(ConfigError, lambda: LlamaConfig.from_pretrained(folder / "none"), str(folder / "none/config.json"))
+    refused(CheckpointPathError, lambda: LlamaConfig.from_pretrained(folder / "none"), str(folder / "none"), "hub id")
 
 
 def A01_no_regular_file(folder: Path) -> None:

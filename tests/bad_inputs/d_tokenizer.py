@@ -8,7 +8,7 @@ import struct
 from functools import partial
 from pathlib import Path
 
-from llama_fast.errors import RequestError, TokenizerFileError
+from llama_fast.errors import CheckpointPathError, RequestError, TokenizerFileError
 from llama_fast.tokenizer import LlamaTokenizer
 from llama_fast.tokenizer.text_checks import MAX_TEXT_BYTES
 from tests.bad_inputs.engine_checks import BOS, Serving, build, engine_entry, legal
@@ -37,7 +37,7 @@ def refused_files(folder: Path, *needles: str, header_bytes: int = 0) -> None:
 
 def D01_missing(folder: Path) -> None:
     refused_files(folder, "neither tokenizer.json nor tokenizer.model")
-    refused_files(folder / "nowhere", "neither tokenizer.json nor tokenizer.model")
+    refused(CheckpointPathError, lambda: load(folder / "nowhere"), str(folder / "nowhere"), "hub id")
     write_json(folder / "tokenizer.json", SPECS["llama3"])
     refused(TokenizerFileError, lambda: load(folder, from_slow=True), "has no tokenizer.model")
     accepted(lambda: load(folder))
