@@ -84,7 +84,8 @@ def check_identity(model_type: object, architectures: object) -> None:
         return
     if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
         raise ConfigError(f"architectures={brief(architectures)}; use a list of class names or null")
-    if architectures and not set(architectures) & set(ARCHITECTURES):
+    # Some versions of transformers wrote the name of the wrapper that FSDP puts round a model.
+    if architectures and not {name.removeprefix("FSDP") for name in architectures} & set(ARCHITECTURES):
         raise ConfigError(
             f"architectures={brief(architectures)} is not supported; llama_fast runs {', '.join(ARCHITECTURES)}"
         )

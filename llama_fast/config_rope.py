@@ -236,7 +236,7 @@ def warn_rope(config: RopeViews, *, original_in_scaling_only: bool) -> None:
             "partial_rotary_factor=%r rotates a part of each head, as documented; transformers v5 rotates all of it",
             config.partial_rotary_factor,
         )
-    if factor is not None and factor < 1:
+    if rope_type != "default" and factor is not None and factor < 1:
         logger.warning("rope_scaling['factor']=%r is below 1, which shortens the context", factor)
     if rope_type == "llama3" and params["high_freq_factor"] < params["low_freq_factor"]:
         logger.warning("high_freq_factor=%(high_freq_factor)r is below low_freq_factor=%(low_freq_factor)r", params)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 _MAX_NAMES = 10  # listed in a message
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 50
+_REPR.maxlevel = 3
 
 
 def shown(name: str) -> str:
@@ -27,11 +28,12 @@ def listed(names: Iterable[str]) -> str:
 
 
 def brief(value: object) -> str:
-    """A value as it may stand in a message: its repr without control characters, object addresses or a megabyte."""
+    """A value as it may stand in a message: its repr in one line, without object addresses or a megabyte."""
     try:
-        return re.sub(r" at 0x[0-9a-fA-F]+", "", _REPR.repr(value))
+        text = re.sub(r" at 0x[0-9a-fA-F]+|\n *", "", _REPR.repr(value))
     except ValueError:  # Python's limit on the digits of an integer
         return "an integer of thousands of digits"
+    return text if len(text) <= 400 else f"{text[:400]}..."  # six lists of six each are 36 items still
 
 
 class LlamaFastError(Exception):

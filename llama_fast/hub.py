@@ -34,10 +34,10 @@ def find_folder(
         CheckpointPathError: no such folder and not a hub id, or the hub has no such repository, revision or connection.
     """
     repo_id = os.fspath(name_or_path)
-    path = Path(repo_id).expanduser()
-    if repo_id and path.is_dir():
+    path = Path(os.path.expanduser(repo_id))
+    if repo_id and os.path.isdir(path):  # unlike Path's, these take any name: too long, ~ of nobody, a NUL
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointPathError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
     accepted = "give an existing folder, or a hub id such as meta-llama/Llama-3.2-1B"
     if repo_id.count("/") != 1:
@@ -65,7 +65,7 @@ def find_folder(
             ignore_patterns=["*/*", "consolidated*"],
         )
     except HFValidationError as error:
-        raise CheckpointPathError(f"no folder '{shown(repo_id)}' and not a hub id ({error}); {accepted}") from error
+        raise CheckpointPathError(f"no folder '{shown(repo_id)}' and not a hub id ({shown(str(error))}); {accepted}") from error
     except GatedRepoError as error:
         raise CheckpointPathError(
             f"hub repository {repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, "

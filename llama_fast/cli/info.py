@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_fast.cli.common import add_command
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from llama_fast.engine.info import model_info
     from llama_fast.hub import find_folder
 
-    weights = args.verify or Path(args.model).expanduser().is_dir()
+    weights = args.verify or os.path.isdir(os.path.expanduser(args.model))
     folder = find_folder(args.model, revision=args.revision, weights=weights)
     info = model_info(folder, weights=weights)
     report = None

@@ -47,6 +47,8 @@ def _method(where: str, content: Mapping[str, Any]) -> str:
     method = content.get("quant_method")
     if method is None and ("load_in_4bit" in content or "load_in_8bit" in content):
         method = "bitsandbytes"  # whose old files leave it out
+    if method is None and {"bits", "group_size"} <= content.keys():
+        method = "mlx"  # which never writes it
     if not isinstance(method, str):
         raise ConfigError(
             f"{where} has quant_method={brief(method)}; use a name such as 'gptq', or remove the object if the weights "
@@ -57,8 +59,8 @@ def _method(where: str, content: Mapping[str, Any]) -> str:
 
 def _refusal(where: str, method: str, content: Mapping[str, Any]) -> UnsupportedError:
     bits, group_size = _bits(content), _first(content, "group_size", "q_group_size")
-    if not isinstance(bits, int | None):
-        raise ConfigError(f"{where} has bits={brief(bits)}; use an integer")
+    if not isinstance(bits, int | float | None):  # EXL2's are averages, as 4.65
+        raise ConfigError(f"{where} has bits={brief(bits)}; use a number")
     said = f"quant_method={brief(method)}"
     said += "" if bits is None else f", bits={brief(bits)}"
     said += "" if group_size is None else f", group_size={brief(group_size)}"

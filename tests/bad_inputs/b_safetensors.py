@@ -313,10 +313,11 @@ def B11_written_by_another_process(folder: Path) -> None:
     """Cut and written again all the time: each load gives the whole checkpoint or an error, and nothing faults."""
     path = write(folder)
     content = path.read_bytes()
-    writer = os.fork()
+    reader, writer = os.getpid(), os.fork()
     if writer == 0:
-        while os.getppid() != 1:
+        while os.getppid() == reader:
             path.write_bytes(content)
+        os._exit(0)
     try:
         for _ in range(100):
             try:
