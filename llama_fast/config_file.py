@@ -55,6 +55,8 @@ def read_config_file(path: str | os.PathLike[str], overrides: Mapping[str, Any])
         check_identity(content.get("model_type"), content.get("architectures"))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if "max_position_embeddings" not in content and "max_sequence_length" in content:  # its name in March 2023
+        content["max_position_embeddings"] = content["max_sequence_length"]
     missing = [name for name in REQUIRED if content.get(name) is None and overrides.get(name) is None]
     if missing:
         raise ConfigError(

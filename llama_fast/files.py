@@ -128,7 +128,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends well and is removed when not."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.touch()
+        temporary.unlink(missing_ok=True)  # what a kill left; and writing through a link would change another file
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes its files private; a checkpoint follows the umask

@@ -65,7 +65,9 @@ def find_folder(
             ignore_patterns=["*/*", "consolidated*"],
         )
     except HFValidationError as error:
-        raise CheckpointPathError(f"no folder '{shown(repo_id)}' and not a hub id ({shown(str(error))}); {accepted}") from error
+        raise CheckpointPathError(
+            f"no folder '{shown(repo_id)}' and not a hub id ({shown(str(error))}); {accepted}"
+        ) from error
     except GatedRepoError as error:
         raise CheckpointPathError(
             f"hub repository {repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, "

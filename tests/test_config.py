@@ -462,6 +462,7 @@ def test_types_that_cannot_rotate_so_little():
 
 WARNINGS = {
     "R1_partial": ({"partial_rotary_factor": 0.5}, "transformers v5 rotates all"),
+    "R1_unused": ({"rope_scaling": {"rope_type": "default", "factor": "2"}}, "'default' does not use factor"),
     "R2_short": ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "shortens"),
     "R2_unused": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "does not use beta"),
     "R3_original": (
@@ -570,6 +571,12 @@ def test_A12_a_file_must_have_its_shape_and_a_call_need_not(tmp_path):
         assert getattr(LlamaConfig.from_dict(without), name) == getattr(LlamaConfig(), name)
 
 
+def test_A12_context_length_under_its_first_name(tmp_path):
+    content = {key: value for key, value in {**TINY, **SHAPE}.items() if key != "max_position_embeddings"}
+    config = LlamaConfig.from_pretrained(write(tmp_path, {**content, "max_sequence_length": 77}))
+    assert config.max_position_embeddings == 77
+
+
 def test_A16_ids_outside_the_vocabulary():
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         with pytest.raises(ConfigError, match=rf"{name}=32 is outside the vocabulary: vocab_size=32; .* 0 to 31"):
@@ -586,7 +593,13 @@ def test_A16_pad_of_old_files(caplog):
 
 
 def test_messages_are_bounded_and_printable():
-    for value in ("\x1b" * 10**6, ["x" * 10**6] * 1000, {"k" * 10**6: 1}, 10**5000, object(), torch.tanh):
+    wide = ["x" * 15]
+    for _ in range(6):
+        wide = [wide] * 6
+    for value in (
+        *("\x1b" * 10**6, ["x" * 10**6] * 1000, {"k" * 10**6: 1}, 10**5000, object(), torch.tanh, torch.eye(3)),
+        *(wide, {"a": wide, "b": {"c": wide}}),
+    ):
         assert len(brief(value)) < 700
         assert brief(value).isprintable()
         assert " at 0x" not in brief(value)

@@ -92,3 +92,13 @@ def test_written_whole_or_not_at_all(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_links_are_replaced_and_not_written_through(tmp_path):
+    (tmp_path / "other").write_text("other")
+    for name in ("a.txt", "a.txt.tmp"):
+        (tmp_path / name).symlink_to("other")
+    with written_whole(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert not (tmp_path / "a.txt").is_symlink()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "new", "other": "other"}

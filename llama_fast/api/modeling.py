@@ -86,7 +86,15 @@ class LlamaForCausalLM(GeneratingLM):
         return model
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-        """Write config.json, generation_config.json and the weights, as safetensors shards of `max_shard_size`."""
+        """Write the weights, as safetensors shards of `max_shard_size`, config.json and generation_config.json.
+
+        Each file is whole at any time, and the weights change all at once (see `save_weights`); the two small files
+        follow at once.
+
+        Raises:
+            ConfigError: the configuration cannot be written, or `max_shard_size` is no size; nothing is written then.
+            CheckpointIOError: a file cannot be written.
+        """
         folder = Path(save_directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +102,11 @@ class LlamaForCausalLM(GeneratingLM):
             raise CheckpointIOError(f"{folder}: no folder can be made there: {error.strerror}") from error
         self.config.dtype = self.dtype
         self.config.architectures = ["LlamaForCausalLM"]  # not a subclass's name, which no reader knows
+        self.config.validate()
+        self.config.to_json_string()  # raises before the weights are written, if at all
+        save_weights(self, folder, max_shard_size=max_shard_size)
         self.config.save_pretrained(folder)
         self.generation_defaults.save(folder)
-        save_weights(self, folder, max_shard_size=max_shard_size)
 
     def forward(
         self,

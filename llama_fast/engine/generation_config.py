@@ -110,6 +110,8 @@ class GenerationDefaults:
         elif os.path.lexists(path := Path(folder) / "config.json"):
             content = read_json_object(path, ConfigError, io_error=CheckpointIOError)
             content = {name: value for name, value in content.items() if name in _IN_CONFIG}
+            if content.get("max_length") == 20:  # the default, which old versions of transformers wrote out
+                del content["max_length"]
         else:
             return cls()
         try:

@@ -21,7 +21,7 @@ from llama_fast.engine.generation_config import FILE_NAME as GENERATION
 from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.errors import ConfigError, LlamaFastError, brief, shown
 from llama_fast.files import read_json_object
-from llama_fast.model.checkpoint import load_weights
+from llama_fast.model.checkpoint import match_tensors
 from llama_fast.model.checkpoint_files import SINGLE_FILE, CheckpointFiles
 from llama_fast.model.checkpoint_index import INDEX_FILE
 from llama_fast.model.llama import LlamaLM
@@ -259,11 +259,11 @@ def _add_weights(folder: Path, expected: bool, config: LlamaConfig | None, info:
         "tensors_by_dtype": Entry(dict(dtypes), origin),
         "bytes": Entry(files.total_bytes, origin),
     }
-    if config is not None and not info.problems and len(dtypes) == 1:  # without a cast nothing is read, only mapped
+    if config is not None and not info.problems:
         try:
             with torch.device("meta"):
                 model = LlamaLM(config)
-            load_weights(model, files)
+            match_tensors(model.state_dict(keep_vars=True), files)
         except LlamaFastError as error:
             info.problems.append(str(error))
 

@@ -203,10 +203,10 @@ class MemoryPlan:
         found = {"max_seq_len": self.largest_max_seq_len, "max_batch": self.largest_max_batch}
         found["prefill_chunk"] = self._largest("prefill_chunk", self.prefill_chunk)
         fixes = [f"{name}={value}" for name, value in found.items() if value]
-        if self.cache_bytes is not None:
-            room = max(self.sequence_bytes, self.cache_bytes - max(0, self.needed_bytes - self.available_bytes))
-            if replace(self, cache_bytes=room).fits:
-                fixes.append(f"cache_bytes={room}")
+        # Less than was given, or more than the half that is taken where nobody gives it.
+        room = max(self.sequence_bytes, (self.cache_bytes or 0) - max(0, self.needed_bytes - self.available_bytes))
+        if replace(self, cache_bytes=room).fits:
+            fixes.append(f"cache_bytes={room}")
         if checkpoint.dtype.itemsize > 2:
             smaller = replace(checkpoint, dtype=torch.bfloat16)
             if replace(self, checkpoint=smaller, weights=weight_rows(smaller)).fits:

@@ -90,7 +90,7 @@ def load_weights(
     device = torch.device(device)
     files = source if isinstance(source, CheckpointFiles) else CheckpointFiles.open(source)
     targets: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    sources, ignored = _match(targets, files)
+    sources, ignored = match_tensors(targets, files)
 
     stored = [files.dtypes[name] for name in sources.values()]
     dtype = dtype or stored[0]
@@ -132,10 +132,14 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(extreme.isfinite().item() for extreme in tensor.aminmax())
 
 
-def _match(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tuple[dict[str, str], tuple[str, ...]]:
+def match_tensors(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tuple[dict[str, str], tuple[str, ...]]:
     """Which stored tensor each parameter of `targets` takes, and the stored names that are ignored.
 
-    Names are compared without the prefix `model.`. Names of one parameter object (ties) share one stored tensor.
+    Names are compared without the prefix `model.`. Names of one parameter object (ties) share one stored tensor; only
+    one that is stored twice is read, to compare the two.
+
+    Raises:
+        CheckpointMismatchError: as `load_weights`.
     """
     stored: dict[str, str] = {}
     ignored: list[str] = []

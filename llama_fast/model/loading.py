@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -9,13 +10,15 @@ from typing import TypeVar
 import torch
 
 from llama_fast.config import LlamaConfig
-from llama_fast.errors import BackendError, CheckpointMismatchError, UnsupportedError, listed
+from llama_fast.errors import BackendError, CheckpointMismatchError, UnsupportedError, listed, shown
 from llama_fast.model.checkpoint import CheckpointFiles, load_weights
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.quantization import refuse_quantized
 from llama_fast.tokenizer import LlamaTokenizer
 
 ModelT = TypeVar("ModelT", bound=LlamaLM)
+
+logger = logging.getLogger(__name__)
 
 
 def pick_device(device: str | int | torch.device | None) -> torch.device:
@@ -118,13 +121,16 @@ def load_model(
 def check_tokenizer(tokenizer: LlamaTokenizer, config: LlamaConfig, folder: Path) -> None:
     """Raise CheckpointMismatchError if a token's id has no row in the embedding.
 
-    Fewer tokens than rows are legal: many models round their vocabulary up. The further ids decode to no text.
+    Fewer tokens than rows are legal: many models round their vocabulary up. The further ids decode to no text. A
+    padding token without a row is too, as in Llama 2's first release: no row is ever read for padding.
     """
     beyond = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id >= config.vocab_size}
-    if beyond:
+    if beyond.keys() == {tokenizer.pad_token}:
+        logger.warning("%s: the pad token '%s' has no row in the embedding", folder, shown(*beyond))
+    elif beyond:
         tokens = listed(f"{token} ({token_id})" for token, token_id in sorted(beyond.items(), key=lambda item: item[1]))
         raise CheckpointMismatchError(
             f"{folder}: {len(beyond)} tokens of the tokenizer have ids that are not below vocab_size="
-            f"{config.vocab_size} of config.json: {tokens}; remove them, or use the tokenizer that the model was "
-            "trained with"
+            f"{config.vocab_size} of config.json: {tokens}; remove them from tokenizer.json, added_tokens.json and "
+            "tokenizer_config.json, or use the tokenizer that the model was trained with"
         )

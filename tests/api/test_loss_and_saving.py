@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from transformers import LlamaForCausalLM as HFModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llama_fast import LlamaConfig, LlamaForCausalLM
-from llama_fast.errors import RequestError, UnsupportedError
+from llama_fast import LlamaConfig, LlamaForCausalLM, demo
+from llama_fast.errors import ConfigError, RequestError, UnsupportedError
 from tests.api.transformers_runs import BORDER, LOGITS_ATOL, left_padded, save_checkpoint, tiny_fields
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -302,3 +302,13 @@ def test_F11_transformers_computes_the_same_from_our_config(tmp_path, rope):
     assert reloaded.config.architectures == ["LlamaForCausalLM"]
     generation_config = GenerationConfig.from_pretrained(tmp_path / "ours")
     assert (generation_config.eos_token_id, generation_config.temperature) == ([3, 4], 0.6)
+
+
+def test_what_cannot_be_written_is_told_before_the_weights_are(tmp_path):
+    model = LlamaForCausalLM.from_pretrained(demo.PATH)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    model.config.hidden_act = torch.relu
+    with pytest.raises(ConfigError, match="hidden_act"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before

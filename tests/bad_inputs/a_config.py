@@ -197,7 +197,7 @@ def A05_other_models(folder: Path) -> None:
 
 def A05_what_is_a_llama(folder: Path) -> None:
     heads = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
-    for name in ("LlamaModel", "LLaMAForCausalLM", *(f"LlamaFor{head}" for head in heads)):
+    for name in ("LlamaModel", "LLaMAForCausalLM", "FSDPLlamaForCausalLM", *(f"LlamaFor{head}" for head in heads)):
         read(write(folder, architectures=[name]))
     read(write(folder, architectures=["LlamaForCausalLM", "MyOwnModel"]))
     read(write(folder, architectures=[]))
@@ -237,8 +237,11 @@ def A07_sizes(folder: Path) -> None:
 
 
 def A07_a_megabyte_in_a_field(folder: Path) -> None:
+    wide: object = "x" * 15
+    for _ in range(6):  # each list short, all together 46,656 texts
+        wide = [wide] * 6
     for name in ("vocab_size", "hidden_act", "rope_scaling", "eos_token_id", "torch_dtype", "model_type"):
-        for value in ("\x1b" * (MEGABYTE // 6), list(range(MEGABYTE // 8)), {"k" * (MEGABYTE // 2): ["v"]}):
+        for value in (wide, "\x1b" * (MEGABYTE // 6), list(range(MEGABYTE // 8)), {"k" * (MEGABYTE // 2): ["v"]}):
             if name != "rope_scaling" or isinstance(value, str):
                 write(folder, **{name: value})
                 refused(ConfigError, lambda: LlamaConfig.from_pretrained(folder), name)

@@ -19,7 +19,7 @@ from llama_fast.engine.llm import LLM
 from llama_fast.engine.outputs import CompletionOutput, RequestOutput
 from llama_fast.engine.sampling import SamplingParams
 from llama_fast.errors import LlamaFastError
-from tests.bad_inputs.harness import accepted, check, refused, rss
+from tests.bad_inputs.harness import accepted, check, check_no_path, refused, rss
 from tests.byte_model import save_byte_model
 
 CPU_SECONDS = 0.05  # of a refusal; processor time, so that other work on the machine does not count
@@ -92,6 +92,7 @@ class Serving:
                 took = time.process_time() - start
 
         error = refused(error_type, timed, *needles)
+        check_no_path(error)
         after = scheduler.allocator.num_free, len(scheduler.waiting), len(scheduler.running)
         check(before == after, f"pages free, waiting, running: {before} -> {after}")
         check(took <= CPU_SECONDS, f"took {took:.3f} s of processor time, more than {CPU_SECONDS}")

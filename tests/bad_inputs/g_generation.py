@@ -29,6 +29,7 @@ NAN, INF = math.nan, math.inf
 HUGE = (2**63, 2**64, 10**5000)
 NOT_INTEGERS = (True, 1.5, NAN, INF, "5", "", [], [5], {}, b"5", object())
 NOT_NUMBERS = (True, NAN, INF, -INF, "0.5", "nan", [], [0.5], {}, 1j, object(), 10**400)
+WIDE = [[[[[["x" * 15] * 6] * 6] * 6] * 6] * 6] * 6  # no list is long
 SPELLED = "Now:🤗 é!"  # no byte twice
 
 
@@ -362,7 +363,7 @@ def G12_unknown_fields(engine: Serving) -> None:
 def G12_wrong_json_types(engine: Serving) -> None:
     """Nothing is converted: "5" is not 5, 5.0 is not 5, 1 is not true. Null is unset."""
     for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
-        for value in ("5", 5.0, True, [5], {"value": 5}):
+        for value in ("5", 5.0, True, [5], {"value": 5}, WIDE):
             engine.refused_json(RequestError, {name: value}, f"{name}=")
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         for value in ("1", True, [1], {"value": 1}):

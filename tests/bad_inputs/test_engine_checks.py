@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from llama_fast.errors import RequestError
+from llama_fast.errors import RequestError, UnsupportedError
 from tests.bad_inputs.engine_checks import ENGINE, engine_entry
 from tests.bad_inputs.server import run
 
@@ -26,6 +26,10 @@ def _busy():
     end = time.process_time() + 0.1
     while time.process_time() < end:
         pass
+
+
+def _unsupported():
+    raise UnsupportedError("n=2 of /home/me/model is not supported")
 
 
 def _overwrite_cache(_):
@@ -58,6 +62,7 @@ BROKEN = {
     "slow": (_refuse(_busy), "s of processor time"),
     "page": (_refuse(lambda: ENGINE.engine.scheduler.allocator.allocate(1)), "pages free, waiting, running"),
     "queued": (_refuse(lambda: ENGINE.engine.scheduler.waiting.append(None)), "pages free, waiting, running"),
+    "path": (lambda engine: engine.refused_call(UnsupportedError, _unsupported), "a path: "),
     "accepted": (lambda engine: engine.refused(RequestError, max_tokens=1), "not refused"),
     "cache": (_overwrite_cache, "requests in flight"),
     "weights": (_change_weights, "afterwards: not its golden tokens"),

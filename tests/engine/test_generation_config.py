@@ -160,6 +160,13 @@ def test_C35_parameters_in_config_json_count_without_the_file(tmp_path):
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults(top_k=5)
 
 
+def test_C35_a_default_that_was_written_out_is_no_limit(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**OLD_CONFIG, "max_length": 20}))
+    assert GenerationDefaults.from_folder(tmp_path).max_length is None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_length": 20}))
+    assert GenerationDefaults.from_folder(tmp_path).max_length == 20
+
+
 def test_C35_what_is_not_supported_is_refused_there_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**OLD_CONFIG, "num_beams": 4}))
     with pytest.raises(UnsupportedError, match=r"config\.json: num_beams=4 is not supported"):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llama_fast import LlamaConfig, LlamaTokenizer, SamplingParams, demo
 from llama_fast.engine.generation_config import GenerationDefaults
@@ -204,6 +204,13 @@ def test_weights_that_do_not_fit_the_config(folder):
     assert "mlp" in problem
     change(folder, "config.json", intermediate_size=48)
     assert model_info(folder).problems == []
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].half()}, folder / "model.safetensors")
+    assert model_info(folder).problems == []
+    del tensors["lm_head.weight"]
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].half()}, folder / "model.safetensors")
+    (problem,) = model_info(folder).problems
+    assert "1 missing: lm_head.weight" in problem
 
 
 def test_a_folder_with_config_json_alone(tmp_path):

@@ -315,7 +315,9 @@ def test_streamed_text_never_shows_a_broken_character(speller, max_tokens):
         shown += chunk.text
         assert SPELLED.startswith(shown) or chunk.finish_reason == "length"
     assert shown == _only(speller.generate("", params)).text
-    assert shown == speller.tokenizer.decode(speller.tokenizer.encode(SPELLED)[1 : max_tokens + 1], skip_special_tokens=True)
+    assert shown == speller.tokenizer.decode(
+        speller.tokenizer.encode(SPELLED)[1 : max_tokens + 1], skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))

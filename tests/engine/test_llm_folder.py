@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_fast import LLM, LlamaForCausalLM, LlamaTokenizer, SamplingParams, cli
-from llama_fast.errors import CheckpointMismatchError, ConfigError
+from llama_fast.errors import CheckpointMismatchError, ConfigError, RequestError
 from llama_fast.model.checkpoint import CheckpointFiles
 from tests.byte_model import save_byte_model
 
@@ -46,6 +46,20 @@ def test_A14_tokens_beyond_the_embedding_are_named(folder, reads):
     with pytest.raises(CheckpointMismatchError, match=message):
         LLM(folder)
     assert reads == []
+
+
+def test_A14_a_pad_token_may_lie_beyond(folder, caplog):
+    """As in Llama 2's first release; a prompt that holds it is refused."""
+    _add_token(folder, "<pad>", 258)
+    _edit(folder / "tokenizer_config.json", pad_token="<pad>")
+    llm = LLM(folder)
+    assert "the pad token '<pad>' has no row in the embedding" in caplog.text
+    assert llm.generate("abc", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
+    with pytest.raises(RequestError, match="258"):
+        llm.generate([97, 258])
+    _add_token(folder, "more", 259)
+    with pytest.raises(CheckpointMismatchError, match=r"<pad> \(258\), more \(259\)"):
+        LLM(folder)
 
 
 def test_A14_a_tokenizer_may_be_smaller(tmp_path):

@@ -300,6 +300,17 @@ def test_L01_settings_that_would_fit_are_named(byte_folder, free, reads):
     assert replace(_plan(byte_folder, plan.needed_bytes * 10, max_seq_len=2048), cache_bytes=cache_bytes).fits
 
 
+def test_more_than_half_of_the_rest_is_for_the_user_to_give(llama_1b):
+    plan = MemoryPlan(llama_1b, weight_rows(llama_1b), 0, max_batch=1, max_seq_len=131072)
+    assert plan.needed_bytes < _least_memory(plan)
+    plan = replace(plan, available_bytes=plan.needed_bytes)
+    with pytest.raises(OutOfMemoryError, match=f"or cache_bytes={plan.sequence_bytes}$"):
+        plan.check()
+    replace(plan, cache_bytes=plan.sequence_bytes).check()
+    with pytest.raises(OutOfMemoryError, match=r"use max_seq_len=\d+ or prefill_chunk=\d+$"):
+        replace(plan, cache_bytes=plan.sequence_bytes, available_bytes=plan.needed_bytes - 1).check()
+
+
 def test_a_cache_of_too_few_bytes_is_refused_before_reading(byte_folder, reads):
     plan = _plan(byte_folder, 0, max_seq_len=2048)
     with pytest.raises(OutOfMemoryError, match=f"it may take 1,000.* cache_bytes={plan.sequence_bytes}"):

@@ -26,12 +26,20 @@ def test_an_existing_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
     assert find_folder("owner/name") == Path("owner/name")
 
 
-@pytest.mark.parametrize("name", ["absent", "./a/b/c", "/absent/folder", "a b/c", "owner/na--me", ""])
+@pytest.mark.parametrize(
+    "name", ["absent", "./a/b/c", "/absent/folder", "a b/c", "owner/na--me", "", "~nobody/x", "a\0b", "x" * 300]
+)
 def test_neither_folder_nor_hub_id(name, tmp_path, monkeypatch):
     (tmp_path / "x").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointPathError, match=r"no folder .*give an existing folder, or a hub id"):
         find_folder(name)
+
+
+def test_a_name_too_long_for_a_path_or_a_hub_id():
+    with pytest.raises(CheckpointPathError, match="no folder") as caught:
+        find_folder("a/" + "b" * 10**5)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_file_is_not_a_folder(folder):

@@ -24,6 +24,8 @@ METHODS = [
     ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}}, "'hqq', bits=4: .*supported;"),
     ({"quant_method": "torchao", "quant_type": INT4}, "'torchao', bits=4, group_size=64: .* yet"),
     ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "'torchao': .*supported;"),
+    ({"quant_method": "exl2", "bits": 4.65, "head_bits": 6}, r"'exl2', bits=4\.65: .*supported;"),
+    ({"bits": 4, "group_size": 64}, "'mlx', bits=4, group_size=64: .*supported;"),
     ({"quant_method": "no_such_method"}, "'no_such_method': .*supported;"),
 ]
 
