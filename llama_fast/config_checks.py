@@ -59,10 +59,15 @@ def check_bool(name: str, value: object) -> None:
         raise ConfigError(f"{name}={brief(value)}; use true or false")
 
 
+_MAX_TOKEN_IDS = 1024  # as for a request
+
+
 def check_token_ids(name: str, value: object, vocab_size: int, *, lists: bool) -> None:
     """Raise ConfigError unless `value` is None, an id in [0, vocab_size), or with `lists` a list of such ids."""
     ids = value if lists and isinstance(value, list | tuple) else [] if value is None else [value]
     accepted = f"a token id{', a list of them' if lists else ''} or null"
+    if len(ids) > _MAX_TOKEN_IDS:
+        raise ConfigError(f"{name} has {len(ids):,} ids; use at most {_MAX_TOKEN_IDS:,}")
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise ConfigError(f"{name}={brief(value)}; use {accepted}")

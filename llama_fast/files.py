@@ -68,6 +68,8 @@ def parse_json_object(content: bytes, name: str, error: type[LlamaFastError]) ->
         value = json.loads(
             text, object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant, parse_int=_int
         )
+        if b"\\ud" in content.lower():
+            _refuse_half_characters(value)
     except UnicodeDecodeError as cause:
         raise error(f"{name}: is not UTF-8: byte {cause.start} is 0x{content[cause.start]:02x}") from cause
     except RecursionError as cause:
@@ -103,6 +105,15 @@ def _int(text: str) -> int:
     if len(text) > 400:  # no double holds it, and a message should not
         raise ValueError(f"the number {shown(text)} is beyond a double")
     return int(text)
+
+
+def _refuse_half_characters(value: object) -> None:
+    """JSON can write half of a surrogate pair; no UTF-8, and so no file name, tokenizer or safetensors header, can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as cause:
+        half = ord(cause.object[cause.start])
+        raise ValueError(f"\\u{half:04x} is half of a surrogate pair and no character") from cause
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -265,7 +265,7 @@ def _incremental_decoder(tokenizer: Tokenizer) -> _IncrementalText:
     parts = [_sentence_piece_stage(stage) for stage in stages]
     if None not in parts and [stage["type"] for stage in stages] in _SENTENCE_PIECE_STAGES:
         return _SentencePieceText(decoders.Sequence(parts), stripped, num_stripped)
-    _log_held(repr(decoder))
+    _log_held(shown(repr(decoder)))
     return _HeldText(decoder)
 
 
@@ -283,4 +283,4 @@ def _sentence_piece_stage(stage: dict[str, Any]) -> decoders.Decoder | None:
 
 @functools.lru_cache(maxsize=32)
 def _log_held(decoder: str) -> None:
-    logger.warning("streamed text comes all at the end: not known to be final earlier with the decoder %.200s", decoder)
+    logger.warning("streamed text comes all at the end: not known to be final earlier with the decoder %s", decoder)
