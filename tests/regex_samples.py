@@ -35,6 +35,7 @@ PUBLISHED = {
     "Falcon": "[0-9][0-9][0-9]",
     "Zeta": f"{_CONTRACTIONS}|[^\r\n\\p{{L}}\\p{{N}}]?\\p{{L}}+|\\p{{N}}{{1}}| ?[^\\s\\p{{L}}\\p{{N}}\r\n]+"
     "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    "BLOOM, Viking": r" ?[^(\s|[.,!?…。，、।۔،])]+",
     "Sarvam": " ",
     "SentencePiece, both ends": "^ +| +$",
     "SentencePiece, inside": " {2,}",

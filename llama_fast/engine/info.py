@@ -29,6 +29,7 @@ from llama_fast.model.loading import check_tokenizer
 from llama_fast.model.quantization import refuse_quantized
 from llama_fast.tokenizer import LlamaTokenizer
 from llama_fast.tokenizer.chat_template import read_chat_templates
+from llama_fast.tokenizer.files import MAX_SIDE_BYTES
 
 CONFIG, TOKENIZER, SPECIAL_TOKENS = "config.json", "tokenizer_config.json", "special_tokens_map.json"
 DEFAULT = "default"
@@ -105,7 +106,7 @@ def model_info(folder: Path, *, weights: bool = True) -> ModelInfo:
 def _given(folder: Path, name: str) -> dict[str, Any]:
     """A file's content; empty if it is not there or malformed, which what it is for reports."""
     try:
-        return read_json_object(folder / name, ConfigError)
+        return read_json_object(folder / name, ConfigError, max_bytes=MAX_SIDE_BYTES)
     except ConfigError:
         return {}
 

@@ -13,8 +13,9 @@ Which file decides what:
                             tokenizer.json has another token, that one stays, with a warning; unk, bos, eos and other
                             control pieces of tokenizer.model take the name given here.
     added_tokens.json       the same in older checkpoints, read only where there is no added_tokens_decoder.
-    tokenizer_config.json   names bos, eos, unk and pad; model_max_length, clean_up_tokenization_spaces, chat_template,
-                            add_bos_token and add_eos_token. tokenizer_class is not looked at.
+    tokenizer_config.json   names bos, eos, unk and pad; model_max_length, clean_up_tokenization_spaces, chat_template.
+                            add_bos_token and add_eos_token count where tokenizer.json puts nothing around a text, as
+                            in transformers 4 (5 forgets them). tokenizer_class is not looked at.
     special_tokens_map.json names the same four tokens in older checkpoints: it is read, and wins, only where
                             tokenizer_config.json has no added_tokens_decoder (Hugging Face's rule).
     chat_template.jinja     wins over chat_template of tokenizer_config.json.
@@ -33,7 +34,9 @@ from tokenizers import AddedToken, Tokenizer
 from llama_fast.errors import TokenizerFileError, listed, shown
 from llama_fast.files import parse_json_object, read_json_object
 from llama_fast.tokenizer.chat_template import read_chat_templates
+from llama_fast.tokenizer.growth import check_growth
 from llama_fast.tokenizer.sentencepiece_conversion import add_tokens, convert_sentencepiece
+from llama_fast.tokenizer.settings import flag
 from llama_fast.tokenizer.token_stream import translated
 
 __all__ = ["TokenizerFiles", "read_sentencepiece", "read_tokenizer_files"]
@@ -42,7 +45,9 @@ logger = logging.getLogger(__name__)
 
 # The largest seen: Llama 3's with 17 MB, a multilingual Llama 2's with 1 MB.
 _MAX_JSON_BYTES = 64 << 20
+_MAX_IDS = 1 << 20  # Llama 3 has 128,256
 _MAX_MODEL_BYTES = 4 << 20
+MAX_SIDE_BYTES = 16 << 20  # Orpheus's tokenizer_config.json has 5 MB, for 29,000 added tokens
 
 # Goes through all that a tokenizer has: a word, digits, spaces, a line end, bytes.
 _PROBE = "A word, 12  \n\té"
@@ -88,11 +93,13 @@ def read_tokenizer_files(
         if legacy is not None:
             logger.warning("legacy=%s has no effect: tokenizer.json decides; pass from_slow=True", legacy)
     elif vocab_file.exists():
-        legacy = _flag(config, "legacy") if legacy is None else legacy
-        add_prefix_space = _flag(config, "add_prefix_space") if add_prefix_space is None else add_prefix_space
+        legacy = flag(config, "legacy") if legacy is None else legacy
+        add_prefix_space = flag(config, "add_prefix_space") if add_prefix_space is None else add_prefix_space
         backend = read_sentencepiece(vocab_file, bool(legacy), add_prefix_space, added_tokens)
         added = backend.get_added_tokens_decoder()
         for token_id, name in enumerate(("unk_token", "bos_token", "eos_token")):
+            if config.get(name) == "":  # in the first conversions
+                del config[name]
             if token_id in added and added[token_id].special:
                 config.setdefault(name, added[token_id].content)
         config.setdefault("add_bos_token", True)
@@ -116,10 +123,15 @@ def read_tokenizer_files(
 def _load(path: Path) -> Tokenizer:
     content = _read(path, _MAX_JSON_BYTES)
     spec = parse_json_object(content, str(path), TokenizerFileError)
+    if isinstance(spec.get("model"), dict) and (prefix := spec["model"].get("continuing_subword_prefix")):
+        raise TokenizerFileError(  # the library cuts characters by it and ends the process
+            f"{path}: model.continuing_subword_prefix is {prefix!r:.80}; Llama's is null, the only one supported"
+        )
     with translated(TokenizerFileError, f"{path}: cannot be used; download or convert it again"):
         backend = Tokenizer.from_buffer(content)
         backend.no_truncation()
         backend.no_padding()
+        check_growth(backend, str(path))
         # Some faults show only here.
         ids = backend.encode(_PROBE, _PROBE).ids + backend.encode(_PROBE).ids
         for decoded in (ids, [], *([token_id] for token_id in ids)):
@@ -134,6 +146,10 @@ def _load(path: Path) -> Tokenizer:
 def _check_ids(backend: Tokenizer, spec: Mapping[str, Any], path: Path) -> None:
     vocab = backend.get_vocab()
     token_of = {token_id: token for token, token_id in vocab.items()}
+    if (highest := max(token_of, default=0)) >= _MAX_IDS:  # the library makes a list of all ids that are not there
+        raise TokenizerFileError(
+            f"{path}: '{shown(token_of[highest])}' has the id {highest}; ids must be below {_MAX_IDS:,}"
+        )
     if len(token_of) != len(vocab):
         one, token_id = next(pair for pair in vocab.items() if token_of[pair[1]] != pair[0])
         both = f"'{shown(one)}' and '{shown(token_of[token_id])}'"
@@ -235,15 +251,8 @@ def _added_token(name: str, entry: Any) -> AddedToken:
     return AddedToken(content, **flags)
 
 
-def _flag(config: Mapping[str, Any], name: str) -> bool | None:
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise TokenizerFileError(f"tokenizer_config.json: {name} must be true, false or null; got {shown(repr(value))}")
-    return value
-
-
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path, TokenizerFileError) if path.exists() else {}
+    return read_json_object(path, TokenizerFileError, max_bytes=MAX_SIDE_BYTES) if path.exists() else {}
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

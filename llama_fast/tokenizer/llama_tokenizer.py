@@ -5,6 +5,7 @@ What this package's tokenizer does differently from transformers is told where i
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,22 @@ from llama_fast.tokenizer.chat_template import Chat, choose_template, write_chat
 from llama_fast.tokenizer.chat_tokens import encode_pieces, pieces_of_prompt
 from llama_fast.tokenizer.files import read_sentencepiece, read_tokenizer_files
 from llama_fast.tokenizer.patterns import bound_patterns
-from llama_fast.tokenizer.settings import extra_special_tokens, model_input_names, model_max_length, named_tokens, side
+from llama_fast.tokenizer.settings import (
+    extra_special_tokens,
+    flag,
+    model_input_names,
+    model_max_length,
+    named_tokens,
+    side,
+)
 from llama_fast.tokenizer.text_decoder import TextDecoder
 from llama_fast.tokenizer.text_encoder import TextEncoder
 from llama_fast.tokenizer.token_stream import translated
 from llama_fast.tokenizer.vocabulary import NAMED_TOKENS
 
 __all__ = ["LlamaTokenizer", "LlamaTokenizerFast"]
+
+logger = logging.getLogger(__name__)
 
 # Arguments that become attributes of the same name.
 _ATTRIBUTES = (
@@ -187,16 +197,20 @@ class LlamaTokenizer(TextEncoder, TextDecoder):
         self.model_input_names = model_input_names(self._config)
         self.padding_side = side(self._config, "padding_side", "left")
         self.truncation_side = side(self._config, "truncation_side", "right")
-        self.clean_up_tokenization_spaces = bool(self._config.get("clean_up_tokenization_spaces"))
+        self.clean_up_tokenization_spaces = bool(flag(self._config, "clean_up_tokenization_spaces"))
         self._backend_changed()
 
-        self._add_bos_token = bool(self._config.get("add_bos_token")) and self.bos_token is not None
-        self._add_eos_token = bool(self._config.get("add_eos_token")) and self.eos_token is not None
-        if backend.post_processor is None:
+        self._add_bos_token = bool(flag(self._config, "add_bos_token")) and self.bos_token is not None
+        self._add_eos_token = bool(flag(self._config, "add_eos_token")) and self.eos_token is not None
+        # DeepSeek's tokenizer.json leaves the bos token to add_bos_token, and has a post-processor that adds nothing.
+        specials = [special for _, special, _ in self._laid_out([0], None)] or [False]
+        if backend.post_processor is None or (not any(specials) and (self._add_bos_token or self._add_eos_token)):
             self.update_post_processor()
         else:
-            specials = [special for _, special, _ in self._laid_out([0], None)] or [False]
             self._add_bos_token, self._add_eos_token = specials[0], specials[-1]
+            for name in _ADDED:
+                if self._config.get(name) not in (None, getattr(self, name)):
+                    logger.warning("%s in tokenizer_config.json does not count: tokenizer.json decides", name)
 
     def _change(self, settings: Mapping[str, Any]) -> None:
         """Takes a caller's settings; None is the same as not given."""

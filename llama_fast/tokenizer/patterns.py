@@ -37,6 +37,7 @@ _TOGETHER = (
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{ending}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{ending}"
         for ending in ("", f"{_CONTRACTIONS}?")
     ),
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",  # BLOOM's and Viking's: a class in a class
     # What REPLACED puts in, and sentencepiece_conversion.py. Only the first character of a run begins a match.
     r"\A +",
     r"^\s+",

@@ -1,7 +1,8 @@
 """Fields of tokenizer_config.json, their types checked.
 
 A token that it names is special even if tokenizer.json does not say so; one that tokenizer.json does not contain is
-logged and counts as unset, since a new id would have no row in the model's embedding.
+logged and counts as unset, since a new id would have no row in the model's embedding. One that is ordinary text, as
+`"pad_token": "!"`, is named and not special, with a warning: transformers would drop every "!" from decoded text.
 """
 
 import logging
@@ -10,7 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from llama_fast.errors import TokenizerFileError, shown
+from llama_fast.errors import TokenizerFileError, listed, shown
+from llama_fast.tokenizer.token_stream import translated
 from llama_fast.tokenizer.vocabulary import NAMED_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -20,8 +22,7 @@ NO_LIMIT = int(1e30)  # Hugging Face's model_max_length where none is given
 
 def named_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
     """The tokens that `config` names, by name. Those that are not special in `backend` become it."""
-    tokens = {name: _token(backend, name, config.get(name)) for name in NAMED_TOKENS}
-    return {name: token for name, token in tokens.items() if token is not None}
+    return _special_tokens(backend, {name: config.get(name) for name in NAMED_TOKENS})
 
 
 def extra_special_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> list[str]:
@@ -30,8 +31,8 @@ def extra_special_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> list[
     entries = list(entries.values()) if isinstance(entries, Mapping) else entries
     if not isinstance(entries, list):
         raise TokenizerFileError(f"extra_special_tokens must be a list of tokens; got {entries!r:.80}")
-    tokens = [_token(backend, f"extra_special_tokens[{index}]", entry) for index, entry in enumerate(entries)]
-    return [token for token in tokens if token is not None]
+    named = {f"extra_special_tokens[{index}]": entry for index, entry in enumerate(entries)}
+    return list(_special_tokens(backend, named).values())
 
 
 def model_max_length(config: Mapping[str, Any]) -> int:
@@ -50,6 +51,13 @@ def model_input_names(config: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def flag(config: Mapping[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerFileError(f"tokenizer_config.json: {name} must be true, false or null; got {shown(repr(value))}")
+    return value
+
+
 def side(config: Mapping[str, Any], name: str, default: str) -> str:
     """The field `name`, "left" or "right"."""
     value = config.get(name) or default
@@ -58,17 +66,34 @@ def side(config: Mapping[str, Any], name: str, default: str) -> str:
     return str(value)
 
 
-def _token(backend: Tokenizer, name: str, entry: object) -> str | None:
-    token = entry.get("content") if isinstance(entry, Mapping) else entry
-    if token is None and not isinstance(entry, Mapping):
-        return None
-    if not isinstance(token, str):
-        raise TokenizerFileError(f'{name} must be a string, {{"content": string}} or null; got {entry!r:.80}')
-    token_id = backend.token_to_id(token)
-    if token_id is None:
-        logger.warning("%s '%s' is not in tokenizer.json and counts as unset", name, shown(token))
-        return None
-    known = backend.get_added_tokens_decoder().get(token_id)
-    if known is None or not known.special:
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-    return token
+def _special_tokens(backend: Tokenizer, entries: Mapping[str, object]) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    unknown = []
+    for name, entry in entries.items():
+        token = entry.get("content") if isinstance(entry, Mapping) else entry
+        if entry is None:
+            continue
+        if not isinstance(token, str):
+            raise TokenizerFileError(f'{name} must be a string, {{"content": string}} or null; got {entry!r:.80}')
+        if backend.token_to_id(token) is None:
+            unknown.append(f"{name} '{token}'")
+        else:
+            tokens[name] = token
+    if unknown:
+        logger.warning("not in tokenizer.json, so unset: %s", listed(unknown))
+    # All at once: the library goes through all its added tokens at each of these calls, and Orpheus has 29,000.
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    new = [token for token in tokens.values() if not added.get(token)]
+    with translated(TokenizerFileError, "the named tokens cannot be used"):
+        ordinary = {token for token in new if token not in added and _is_text(backend, token)}
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in new if token not in ordinary]
+        )
+    if ordinary:
+        logger.warning("ordinary text, so not special although it is named: %s", listed(sorted(ordinary)))
+    return tokens
+
+
+def _is_text(backend: Tokenizer, token: str) -> bool:
+    """Whether BPE makes `token` of its own text."""
+    return backend.token_to_id(token) in backend.encode(token, add_special_tokens=False).ids

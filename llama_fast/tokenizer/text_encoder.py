@@ -2,8 +2,8 @@
 
 Where this differs from transformers:
     Special tokens written in a text stay text, and only `split_special_tokens=False` turns them into their ids: a
-    prompt rendered from a chat template needs that, and text from strangers must not get it. If such a text itself
-    starts with the bos token, then no second one is added.
+    prompt rendered from a chat template needs that, and text from strangers must not get it. A text that starts with
+    one and is not parsed is logged, once. If a parsed text itself starts with the bos token, no second one is added.
     Nothing is cut without a word: `max_length` alone cuts, as in transformers, but says so once.
     An empty `text_pair` is a text too, also beside a single text.
     A text has at most MAX_TEXT_BYTES of `text_checks.py`.
@@ -108,7 +108,13 @@ class TextEncoder(AroundText):
         one = not isinstance(text, list | tuple)
         strategy, max_length_used = self._truncation(truncation, max_length, padding, pad_to_multiple_of)
         parse = self._parses(split_special_tokens, parse_special_tokens)
-        encodings = self._encodings(*checked_texts(text, text_pair, one), add_special_tokens, parse)
+        texts, pairs = checked_texts(text, text_pair, one)
+        if not parse and any(first.startswith(self._special_texts) for first in texts):
+            self._warn_once(
+                "a text starts with a special token written out, as chat templates write it, and it stays text: pass "
+                "add_special_tokens=False, parse_special_tokens=True, or take the ids of apply_chat_template"
+            )
+        encodings = self._encodings(texts, pairs, add_special_tokens, parse)
         kept = [_kept_of(encoding, parse, strategy, max_length_used, self.truncation_side) for encoding in encodings]
 
         names = self.model_input_names
@@ -243,7 +249,7 @@ class TextEncoder(AroundText):
         if length is None and (strategy or padding == "max_length"):
             self._warn_once("nothing is cut or padded to a length: pass max_length, this tokenizer has none of its own")
             strategy = None
-        if strategy and padding and multiple_of and length and length % multiple_of:
+        if strategy and padding not in (False, "do_not_pad") and multiple_of and length and length % multiple_of:
             raise RequestError(f"max_length={length} must be a multiple of pad_to_multiple_of={multiple_of}")
         return strategy, length
 

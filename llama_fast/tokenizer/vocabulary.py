@@ -53,6 +53,7 @@ class Vocabulary:
     _named: dict[str, str]
     _extra_special_tokens: list[str]
     special_token_ids: frozenset[int]  # all that the tokenizer's files call special, named or not
+    _special_texts: tuple[str, ...]  # the same, as they are written
 
     bos_token, bos_token_id = _NamedToken(), _NamedTokenId()
     eos_token, eos_token_id = _NamedToken(), _NamedTokenId()
@@ -215,6 +216,6 @@ class Vocabulary:
 
     def _backend_changed(self) -> None:
         """Forget what was derived from the tokenizer."""
-        self.special_token_ids = frozenset(
-            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.special_token_ids, self._special_texts = frozenset(special), tuple(special.values())

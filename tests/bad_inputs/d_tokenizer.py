@@ -217,6 +217,30 @@ def D02_panics_only_at_the_first_text(folder: Path) -> None:
     refused(RequestError, lambda: [stream.push(ids[0]), stream.finish()], "could not be decoded")
 
 
+def D02_texts_that_grow_without_end(folder: Path) -> None:
+    """One character would become 10**12; "~" is none that loading tries."""
+    replace = {"type": "Replace", "pattern": {"String": "~"}, "content": "~" * 10}
+    untyped = {key: value for key, value in replace.items() if key != "type"}  # the library takes it for the same
+    bytes_again = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bos, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    known = {"<s>": {"id": "<s>", "ids": [SPECS["llama3"]["added_tokens"][1]["id"]] * 1000, "tokens": ["<s>"] * 1000}}
+    for part, value in (
+        ("normalizer", {"type": "Sequence", "normalizers": [replace] * 12}),
+        ("normalizer", {"type": "Sequence", "normalizers": [untyped] * 12}),
+        ("normalizer", {"type": "Replace", "pattern": {"String": "~"}, "content": "~" * 10**6}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Lowercase"}] * 10**4}),
+        ("normalizer", {"type": "Prepend", "prepend": "~" * 10**6}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [bytes_again] * 40}),
+        ("decoder", {"type": "Sequence", "decoders": [replace] * 12}),
+        ("post_processor", template([bos] * 1000 + [text], **known)),
+        ("post_processor", template([text] * 10**4)),
+    ):
+        write_json(folder / "tokenizer.json", panicking(**{part: value}))
+        size = (folder / "tokenizer.json").stat().st_size
+        refused_files(folder, f"tokenizer.json: {part} has", "times as long; supported", header_bytes=8 * size)
+
+
 def D02_stored_truncation_and_padding_are_off(folder: Path) -> None:
     """So a stride beyond max_length, a length of 2**40 or a multiple of 0 do nothing."""
     padding = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
@@ -358,6 +382,9 @@ def D08_wrong_types(folder: Path) -> None:
         {"bos_token": {"content": 5}},
         {"legacy": "yes"},
         {"add_prefix_space": 1},
+        {"add_bos_token": "false"},
+        {"add_eos_token": 0},
+        {"clean_up_tokenization_spaces": "no"},
         {"added_tokens_decoder": []},
         {"added_tokens_decoder": None},
         {"added_tokens_decoder": {"273": "x"}},
@@ -366,6 +393,19 @@ def D08_wrong_types(folder: Path) -> None:
     ):
         write_json(folder / SIDE_FILES[0], config)
         refused_files(folder, next(iter(config)))
+
+
+def D08_as_many_named_tokens_as_fit(folder: Path) -> None:
+    """Time in proportion: the library goes through all added tokens whenever one more is made special."""
+    first = max(token["id"] for token in SPECS["llama3"]["added_tokens"]) + 1
+    named = [f"<{at}>" for at in range(10_000)]
+    plain = {**SPECS["llama3"]["added_tokens"][0], "special": False}
+    added = [{**plain, "id": first + at, "content": name} for at, name in enumerate(named)]
+    spec = {**SPECS["llama3"], "added_tokens": [*SPECS["llama3"]["added_tokens"], *added]}
+    write_json(folder / "tokenizer.json", spec)
+    for names in (named, [f"<not there {at}>" for at in range(10_000)]):
+        write_json(folder / SIDE_FILES[0], {"extra_special_tokens": names})
+        accepted(lambda: load(folder), seconds=3)
 
 
 def split(pattern: str) -> dict:

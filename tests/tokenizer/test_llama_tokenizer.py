@@ -124,6 +124,21 @@ def test_D05_special_tokens_in_user_text_stay_text(name, pieces):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("text", ["<s>[INST] hello", "</s>", ["a", "<s>a"]])
+def test_T38_special_token_written_at_the_start_is_logged_once(text, caplog):
+    """Code ported from transformers renders a chat template and encodes the text, which here gives other ids."""
+    tokenizer = built("llama3")
+    for ordinary in ("a<s>", " <s>", "", "<s"):
+        tokenizer(ordinary)
+    tokenizer(text, parse_special_tokens=True)
+    assert not caplog.text
+    for _ in range(2):
+        tokenizer(text)
+    assert caplog.text.count("starts with a special token written out") == 1
+    assert "parse_special_tokens=True" in caplog.text
+    assert "apply_chat_template" in caplog.text
+
+
 def test_D05_both_modes_at_once_from_several_threads():
     tokenizer = built("llama3")
     text = "a</s>" * 50

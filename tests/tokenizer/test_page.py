@@ -91,6 +91,7 @@ LENGTHS = [
     {"padding": "longest", "pad_to_multiple_of": 8},
     {"padding": "max_length", "max_length": 30},
     {"padding": "max_length", "max_length": 5, "pad_to_multiple_of": 4, "padding_side": "right"},
+    {"padding": "do_not_pad", "truncation": True, "max_length": 5, "pad_to_multiple_of": 4},
     {"padding": True, "truncation": True, "max_length": 6},
     {"truncation": "longest_first", "max_length": 7, "padding_side": "right", "padding": True},
     {"truncation": "only_first", "max_length": 30},

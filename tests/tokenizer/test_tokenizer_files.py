@@ -54,6 +54,42 @@ def test_add_bos_and_eos_count_only_without_a_post_processor():
     assert LlamaTokenizer.from_backend(Tokenizer.from_str(json.dumps(spec)), NAMES).encode("a") == plain
 
 
+def test_T24_bos_and_eos_that_tokenizer_json_leaves_to_the_config(tmp_path):
+    """DeepSeek's: its post-processor only trims offsets. transformers 4 adds the bos token there; 5.23 does not."""
+    spec = json.loads(BUILT["llama3"].to_str())
+    spec["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    backend = Tokenizer.from_str(json.dumps(spec))
+    plain = backend.encode("a").ids
+    for add_bos, add_eos in ((True, False), (False, True), (True, True), (False, False)):
+        flags = {**NAMES, "add_bos_token": add_bos, "add_eos_token": add_eos}
+        folder = save_folder(tmp_path / f"{add_bos} {add_eos}", backend, flags)
+        tokenizer = LlamaTokenizer.from_pretrained(folder)
+        assert tokenizer.encode("a") == [261] * add_bos + plain + [262] * add_eos
+        assert (tokenizer.add_bos_token, tokenizer.add_eos_token) == (add_bos, add_eos)
+    assert LlamaTokenizer.from_pretrained(save_folder(tmp_path / "no flags", backend, NAMES)).encode("a") == plain
+
+
+def test_flags_that_tokenizer_json_contradicts_are_logged(caplog):
+    assert built("llama3", add_bos_token=True, add_eos_token=False).add_bos_token
+    assert not caplog.text
+    assert built("llama3", add_bos_token=False, add_eos_token=True).add_bos_token
+    for name in ("add_bos_token", "add_eos_token"):
+        assert f"{name} in tokenizer_config.json does not count" in caplog.text
+
+
+def test_D08_thousands_of_added_tokens(tmp_path):
+    """Orpheus has 29,000 and a tokenizer_config.json of 5 MB."""
+    first = len(built("llama3"))
+    added = {str(first + at): {"content": f"<custom_token_{at}>", "special": True} for at in range(14_000)}
+    named = [token["content"] for token in added.values()]
+    config = {**NAMES, "added_tokens_decoder": added, "extra_special_tokens": [*named, "<not there>"]}
+    folder = save_folder(tmp_path, BUILT["llama3"], config)
+    assert (folder / "tokenizer_config.json").stat().st_size > 1 << 20
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    assert tokenizer.extra_special_tokens == named
+    assert tokenizer.encode(named[-1], add_special_tokens=False, parse_special_tokens=True) == [first + 13_999]
+
+
 def test_T41_save_and_load(tmp_path):
     from transformers import AutoTokenizer
 
@@ -385,3 +421,24 @@ def test_D05_text_must_not_become_a_special_token(tmp_path):
     content = model_file([*PIECES, ("@", 0.0, CONTROL)])
     with pytest.raises(TokenizerFileError, match=f"the text '@' becomes the special token {len(PIECES)} even where"):
         read_tokenizer_files(save_model(tmp_path, content=content))
+
+
+def test_ordinary_text_named_as_a_token_stays_text(tmp_path, caplog):
+    """As in fine-tunes of Llama 3 that pad with "!"."""
+    folder = save_folder(tmp_path / "a", BUILT["llama3"], {**NAMES, "pad_token": "a"})
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    assert "ordinary text, so not special although it is named: a" in caplog.text
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("a", BUILT["llama3"].token_to_id("a"))
+    ids = tokenizer.encode("banana")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "banana"
+    tokenizer.save_pretrained(tmp_path / "b")
+    again = LlamaTokenizer.from_pretrained(tmp_path / "b")
+    assert (again.pad_token, again.encode("banana")) == ("a", ids)
+
+
+def test_T34_empty_names_of_the_first_conversions(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model_file())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "", "eos_token": "", "unk_token": ""}))
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer.encode("")[0] == 1
