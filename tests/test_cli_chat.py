@@ -150,6 +150,7 @@ def test_a_mistake_does_not_end_the_conversation(run, answers, line, message):
     assert err.startswith("llama-fast: error: ")
     assert message in err
     assert err.count("\n") == 1
+    assert "[Errno" not in err
 
 
 def test_a_message_that_the_template_refuses(folder, run, answers, tmp_path):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
 from llama_fast import __version__
 from llama_fast.cli import chat, generate, info, perplexity, plan
-from llama_fast.cli.common import INTERRUPTED
+from llama_fast.cli.common import INTERRUPTED, one_line
 from llama_fast.errors import LlamaFastError
 
 _COMMANDS = (generate, chat, perplexity, plan, info)  # in the order of --help
@@ -49,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LlamaFastError, OSError) as error:
         if os.environ.get("LLAMA_FAST_TRACEBACK") == "1":
             raise
-        message = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
-        print(f"llama-fast: error: {message}", file=sys.stderr)
+        print(f"llama-fast: error: {one_line(error)}", file=sys.stderr)
         return 1
 
 

@@ -10,7 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_fast.cli.common import add_command, add_sampling, add_where, positive, read_text, sampling_params, where
+from llama_fast.cli.common import (
+    add_command,
+    add_sampling,
+    add_where,
+    one_line,
+    positive,
+    read_text,
+    sampling_params,
+    where,
+)
 from llama_fast.errors import ContextLengthError, GenerationInterrupted, RequestError, TemplateError
 from llama_fast.files import written_whole
 
@@ -89,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
                 raise
             failed = True
             hint = "; this message was not taken, /clear starts anew" if isinstance(error, ContextLengthError) else ""
-            print(f"llama-fast: error: {error}{hint}", file=sys.stderr)
+            print(f"llama-fast: error: {one_line(error)}{hint}", file=sys.stderr)
 
 
 class _Chat:

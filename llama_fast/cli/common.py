@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -89,6 +90,11 @@ def read_text(source: str, data: bytes | None = None) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise RequestError(f"{source} is not UTF-8: {byte}; convert it, for example with iconv") from error
+
+
+def one_line(error: Exception) -> str:
+    """Its message without the number that an OSError's begins with."""
+    return re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
 
 
 def positive(text: str) -> int:

@@ -28,7 +28,7 @@ MAX_INTEGER = 2**63  # of any number computed: Python's integers could fill the 
 MAX_NESTING = 64  # of lists and dicts, as in files.py
 
 _CHARACTERS_PER_STEP = 64
-_LEAVES = (int, float, type(None), range, Undefined)
+_LEAVES = (float, type(None), range, Undefined)
 _KEYS: tuple[type, ...] = (dict, type({}.keys()))
 _LISTS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 _NUMBERS = (int, float, bool)
@@ -88,14 +88,15 @@ class Budget:
         if length > MAX_TEXT:
             raise TemplateError(f"the chat template makes a value of {length:,} characters; the limit is {MAX_TEXT:,}")
 
-    def walk(self, value: Any) -> None:
-        """Spends what it takes to look at all of `value`."""
-        level = [value]
+    def walk(self, value: Any) -> int:
+        """Spends what it takes to look at all of `value`; returns the characters of its texts and numbers."""
+        level, characters = [value], 0
         for _ in range(MAX_NESTING):
             inner: list[Any] = []
             for item in level:
                 if isinstance(item, str):
                     self.spend(1 + len(item) // _CHARACTERS_PER_STEP)
+                    characters += len(item)
                 elif type(item) in _LISTS:
                     before = len(inner)
                     inner += item
@@ -104,12 +105,16 @@ class Budget:
                     self.spend(1 + 2 * len(item))
                     inner += item
                     inner += item.values()
+                elif isinstance(item, int):
+                    digits = item.bit_length() // 3
+                    self.spend(1 + digits // 16)
+                    characters += digits
                 elif isinstance(item, _LEAVES):
                     self.spend(1)
                 else:
                     raise TemplateError(f"the chat template treats a {type(item).__name__} as a value")
             if not inner:
-                return
+                return characters
             level = inner
         raise TemplateError(f"the chat template nests values more than {MAX_NESTING} deep")
 
@@ -119,7 +124,7 @@ class Budget:
             if not isinstance(value, _PRINTABLE):
                 raise TemplateError(f"the chat template writes a {type(value).__name__}, which has no text")
             if not isinstance(value, Undefined):
-                self.walk(value)
+                self.room(4 * self.walk(value))  # repr may write one character as ten
         return self.text(str(value))
 
     def arithmetic(self, symbol: str, left: Any, right: Any) -> Any:
@@ -174,7 +179,7 @@ class Budget:
         shown = [value if type(value) in _NUMBERS else self.printed(value) for value in values]
         return self.text(pattern % tuple(shown))
 
-    def formatted(self, pattern: str, *values: Any, **named: Any) -> str:
+    def formatted(self, pattern: str, /, *values: Any, **named: Any) -> str:
         """str.format with {}, {0} and {name} alone: no attributes, no widths."""
         if not re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{\w*\})*+", pattern):
             raise TemplateError("the chat template calls format with more than {}, {0} and {name}")
@@ -215,9 +220,10 @@ class Budget:
             self.walk(item)
         return item in container
 
-    def search(self, text: str, pattern: str) -> None:
-        """Spends what looking for `pattern` takes: in short texts Python's search may take their product."""
-        length = len(pattern) if len(text) < 2500 else min(len(pattern), 100)
+    def search(self, text: str, pattern: str, *, product: bool = False) -> None:
+        """Spends what looking for `pattern` takes. In short texts Python's search may take their product; stripping
+        and searching from the right always may."""
+        length = len(pattern) if product or len(text) < 2500 else min(len(pattern), 100)
         self.spend(1 + len(text) * (1 + length) // 256)
 
     def key(self, value: Any) -> Any:

@@ -13,18 +13,19 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Environment, Undefined, filters, pass_context, pass_environment, tests
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
 from llama_fast.errors import RequestError, TemplateError
-from llama_fast.tokenizer.chat_budget import Budget, OneShot, one_line
+from llama_fast.tokenizer.chat_budget import MAX_INTEGER, Budget, OneShot, one_line
 
 JINJA_FILTERS: Mapping[str, Callable[..., Any]] = filters.FILTERS
 JINJA_TESTS: Mapping[str, Any] = tests.TESTS
 
 MAX_RANGE = 100_000
 _MAX_INDENT = 64  # spaces
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # as str.splitlines has them
 _ITEM_STEPS = 8  # for each item that a filter looks at
 
 
@@ -53,7 +54,7 @@ def _text_method(name: str) -> Callable[..., Any]:
         for argument in arguments:
             for pattern in argument if isinstance(argument, tuple) else (argument,):
                 if isinstance(pattern, str):
-                    budget.search(text, pattern)
+                    budget.search(text, pattern, product=name[0] == "r" or name.endswith("strip"))
         result = getattr(text, name)(*arguments)
         return budget.text(result) if isinstance(result, str) else result
 
@@ -66,8 +67,11 @@ def _split_method(name: str) -> Callable[..., list[str]]:
         if sep is None:
             budget.spend(1 + len(text) * (1 if text.isascii() else 3))
         else:
-            budget.search(text, sep)
-            budget.spend(len(text) // 16 + 6 * text.count(sep))
+            budget.search(text, sep, product=name == "rsplit")
+            found = text.count(sep)
+            budget.spend(6 * found)
+            if found:
+                budget.text(text)  # the pieces are copies
         pieces: list[str] = text.splitlines() if name == "splitlines" else getattr(text, name)(sep, maxsplit)
         return pieces
 
@@ -90,6 +94,7 @@ def _join(budget: Budget, separator: str, items: Iterable[Any]) -> str:
 def _find_in_list(name: str) -> Callable[..., int]:
     def call(budget: Budget, values: list[Any], item: Any) -> int:
         budget.walk(values)
+        budget.printed(item)  # in the error of index
         found: int = getattr(values, name)(item)
         return found
 
@@ -116,6 +121,7 @@ METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     dict: {name: _shallow(name) for name in ("get", "items", "keys", "values")},
     list: {name: _find_in_list(name) for name in ("count", "index")},
     tuple: {name: _find_in_list(name) for name in ("count", "index")},
+    LoopContext: {"cycle": lambda budget, loop, *values: loop.cycle(*values)},
 }
 
 
@@ -145,8 +151,12 @@ def _paid(name: str, *, whole: type | tuple[type, ...] = (), sorts: bool = False
         budget.spend(16)
         if not isinstance(value, whole):
             value = list(_items(budget, value, *arguments, *named.values()))
-        for _ in range(len(value).bit_length() if sorts else 1):  # sorting compares each with about log2(n) others
-            budget.walk(value)
+        if sorts:
+            if any("," in argument for argument in (*arguments, *named.values()) if isinstance(argument, str)):
+                raise TypeError("the filter sort takes one attribute")
+            budget.room(3 * budget.walk(value))  # its texts are copied in lower case
+            for _ in range(len(value).bit_length()):  # each is compared with about log2(n) others
+                budget.walk(value)
         result = function(*((environment,) if takes_environment else ()), value, *arguments, **named)
         if isinstance(result, str):
             return budget.text(result)
@@ -183,6 +193,20 @@ def _joined(environment: Environment, value: Any, d: Any = "", attribute: str | 
 
 
 @pass_environment
+def _unique(
+    environment: Environment, value: Any, case_sensitive: bool = False, attribute: str | None = None
+) -> OneShot:
+    # Jinja's own takes tuples, and Python's hash of tuples has as many collisions as one likes.
+    first: dict[Any, Any] = {}
+    for item in _items(budget_of(environment), value, attribute):
+        key = item if attribute is None else environment.getitem(item, attribute)
+        if isinstance(key, str) and not case_sensitive:
+            key = METHODS[str]["lower"](budget_of(environment), key)
+        first.setdefault(budget_of(environment).key(key), item)
+    return OneShot(first.values())
+
+
+@pass_environment
 def _string(environment: Environment, value: Any) -> str:
     return budget_of(environment).printed(value)
 
@@ -202,8 +226,9 @@ def _indent(
         raise TemplateError(f"the chat template indents by more than {_MAX_INDENT} characters")
     if not isinstance(value, str):
         raise TypeError("the filter indent takes a text")
-    budget.spend(8 * (value.count("\n") + 1))
-    budget.room(len(value) + _MAX_INDENT * value.count("\n"))
+    lines = 1 + sum(map(value.count, _LINE_ENDS))
+    budget.spend(8 * lines)
+    budget.room(len(value) + _MAX_INDENT * lines)
     return budget.text(str(JINJA_FILTERS["indent"](value, width, first, blank)))
 
 
@@ -240,8 +265,11 @@ def _number(name: str) -> Callable[..., Any]:
     def call(environment: Environment, value: Any, *default: Any) -> Any:
         if len(default) > 1:  # a base, which may ask for an integer of any size
             raise TypeError(f"the filter {name} takes a default alone")
-        budget_of(environment).walk(value)
-        return JINJA_FILTERS[name](value, *default)
+        budget_of(environment).spend(budget_of(environment).walk(value) // 4)
+        result = JINJA_FILTERS[name](value, *default)
+        if isinstance(result, int) and abs(result) > MAX_INTEGER:
+            raise TemplateError("the chat template computes an integer beyond 64 bits")
+        return result
 
     return call
 
@@ -251,6 +279,15 @@ def _pairs(environment: Environment, value: Any) -> OneShot:
     if not isinstance(value, dict | Undefined):
         raise TypeError("the filter items takes an object")
     return OneShot(_items(budget_of(environment), value.items() if isinstance(value, dict) else ()))
+
+
+@pass_environment
+def _title(environment: Environment, value: Any) -> str:
+    budget = budget_of(environment)
+    text = budget.printed(value)
+    budget.spend(2 * len(text))
+    budget.room(3 * len(text))
+    return budget.text(JINJA_FILTERS["title"](text))  # other words than str.title's
 
 
 @pass_environment
@@ -273,9 +310,10 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "safe": _safe,
     "sort": _paid("sort", sorts=True),
     "string": _string,
+    "title": _title,
     "tojson": _to_json,
     "trim": _of_text("strip"),
-    "unique": _paid("unique"),
+    "unique": _unique,
 }
 
 
@@ -324,20 +362,23 @@ def _range(environment: Environment, *arguments: int) -> range:
 
 
 @pass_environment
-def _dict(environment: Environment, *arguments: Any, **named: Any) -> dict[Any, Any]:
-    for argument in arguments:
-        budget_of(environment).walk(argument)
-    budget_of(environment).spend(8 + 4 * len(named))
-    return dict(*arguments, **named)
+def _dict(environment: Environment, pairs: Any = (), /, **named: Any) -> dict[Any, Any]:
+    budget = budget_of(environment)
+    budget.walk(pairs)
+    budget.spend(8 + 4 * len(named))
+    pairs = pairs.items() if isinstance(pairs, dict) else pairs
+    return {**{budget.key(key): value for key, value in pairs}, **named}
 
 
 @pass_environment
-def _namespace(environment: Environment, *arguments: Any, **named: Any) -> Namespace:
-    return Namespace(_dict(environment, *arguments, **named))
+def _namespace(environment: Environment, pairs: Any = (), /, **named: Any) -> Namespace:
+    return Namespace(_dict(environment, pairs, **named))
 
 
-def _raise_exception(message: object = "") -> NoReturn:
-    raise RequestError(f"the chat template refuses these messages: {one_line(message)}")
+@pass_environment
+def _raise_exception(environment: Environment, message: object = "") -> NoReturn:
+    text = budget_of(environment).printed(message)
+    raise RequestError(f"the chat template refuses these messages: {one_line(text)}")
 
 
 def now() -> datetime:

@@ -30,6 +30,7 @@ from llama_fast.tokenizer.chat_builtins import FILTERS, FUNCTIONS, METHODS, TEST
 
 MAX_SOURCE = 256 * 1024  # characters
 MAX_TOKENS = 10_000  # without white space; the time to compile grows faster than the source
+MAX_NAMES = 200  # that get values: Jinja passes those of a loop to every call in it
 MAX_DEPTH = 100  # of the syntax tree: the compilers of Jinja and Python call themselves for each level
 MAX_CALLS = 64  # of macros inside one another, which walk JSON schemas
 
@@ -108,9 +109,16 @@ def _compiled(source: str) -> CodeType:
     if any(count >= MAX_TOKENS for count, _ in enumerate(tokens)):
         raise TemplateError(f"the chat template has more than {MAX_TOKENS:,} tokens")
     tree = environment.parse(source)
+    if len(_assigned(tree.body)) > MAX_NAMES:
+        raise TemplateError(f"the chat template sets more than {MAX_NAMES} variables")
     _Guard().visit(tree)
     tree.set_environment(environment)
     return environment.compile(tree, filename="<chat template>")
+
+
+def _assigned(body: list[nodes.Node]) -> set[str]:
+    found = (name for part in body for name in [part, *part.find_all(nodes.Name)] if isinstance(name, nodes.Name))
+    return {name.name for name in found if name.ctx != "load"}
 
 
 class _Method:
@@ -164,23 +172,32 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """For map: its filter's name is a value, which the tree did not show."""
-        if name not in FILTERS:
+        if self.budget.key(name) not in FILTERS:
             raise TemplateError(f"the chat template uses the filter {one_line(name)}, which is not allowed")
         return super().call_filter(name, *args, **kwargs)
+
+    def call_test(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """For select and its like."""
+        if self.budget.key(name) not in TESTS:
+            raise TemplateError(f"the chat template uses the test {one_line(name)}, which is not allowed")
+        return super().call_test(name, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
         if attribute in METHODS.get(kind, ()):
             return _Method(METHODS[kind][attribute], obj)
         if kind is dict and not hasattr(dict, attribute):
-            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+            return obj[attribute] if attribute in obj else self._missing(obj, attribute)
         if kind is LoopContext and attribute in _LOOP_ATTRIBUTES:
             return getattr(obj, attribute)
         if kind in (Namespace, Undefined) and not attribute.startswith("__"):
             return super().getattr(obj, attribute)
         if attribute.startswith("__") or hasattr(obj, attribute):
             self.unsafe_undefined(obj, attribute)
-        return self.undefined(obj=obj, name=attribute)
+        return self._missing(obj, attribute)
+
+    def _missing(self, obj: Any, name: Any) -> Undefined:
+        return self.undefined(obj=obj, name=name[:100] if isinstance(name, str) else self.budget.key(name))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise TemplateError(
@@ -195,9 +212,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 return obj[self.budget.key(argument)]
             except (TypeError, LookupError):
                 pass
-        return self.getattr(obj, argument) if isinstance(argument, str) else self.undefined(obj=obj, name=argument)
+        return self.getattr(obj, argument) if isinstance(argument, str) else self._missing(obj, argument)
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(obj, _Method):
             for name in ("_loop_vars", "_block_vars"):  # Jinja's own, for functions that take a context
                 kwargs.pop(name, None)
@@ -239,7 +256,12 @@ class _Guard:
         return self._replaced(node)
 
     def _block(self, body: list[nodes.Node], owner: nodes.Node) -> list[nodes.Node]:
+        names = _assigned(body)
         body, steps = self._counted(body)
+        # What each run of it does besides: a macro's arguments and their defaults, a loop's names.
+        heads = [*getattr(owner, "args", ()), *getattr(owner, "defaults", ()), getattr(owner, "target", None)]
+        steps += 5 * sum(1 + len(list(head.find_all(nodes.Node))) for head in heads if head is not None)
+        steps += len(names) // 4  # Jinja writes down that they have no value yet
         pay = _filter(owner, nodes.Const(steps), " spend")
         return [nodes.ExprStmt(pay, lineno=owner.lineno), *body]
 
@@ -263,8 +285,8 @@ class _Guard:
             problem = f"uses the test {one_line(node.name)}"
         elif getattr(node, "dyn_args", None) or getattr(node, "dyn_kwargs", None):
             problem = "passes * or ** arguments"
-        elif isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) > MAX_INTEGER:
-            problem = "has an integer beyond 64 bits"
+        elif isinstance(node, nodes.Const) and isinstance(node.value, int | float) and abs(node.value) > MAX_INTEGER:
+            problem = "has a number beyond 64 bits"  # Jinja compiles infinity to a name
         elif isinstance(node, nodes.TemplateData):
             self._steps += len(node.data) // 4
         if problem is not None:

@@ -199,7 +199,8 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 def _plain(what: str, value: Any) -> Any:
     """`value` rebuilt of JSON types alone: objects have methods, and the sandbox cannot know which of them are safe."""
     try:
-        plain = json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())  # no lone surrogates
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogates
+        plain = json.loads(text, parse_int=_integer)
     except RecursionError:
         plain = None
     except (TypeError, ValueError) as cause:
@@ -207,6 +208,12 @@ def _plain(what: str, value: Any) -> Any:
     if plain is None is not value or _deeper_than(plain, MAX_DEPTH):
         raise RequestError(f"{what} is nested more than {MAX_DEPTH} deep")
     return plain
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 100:
+        raise ValueError("an integer has more than 100 digits")
+    return int(digits)
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

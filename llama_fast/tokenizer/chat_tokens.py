@@ -10,7 +10,7 @@ A token is the template's if it wrote all its punctuation: some write '<|' + mes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -39,13 +39,13 @@ def pieces_of_prompt(chat: Chat, prompt: str, tokens: Sequence[str]) -> Pieces |
     written = pattern.findall(prompt)
     marks = {char for token in written for char in token if not (char.isalnum() or char.isspace() or char == "_")}
     texts = [text for _, text in _texts("", chat.given)]
-    if not any(mark in text for text in texts for mark in marks) and not any(pattern.search(text) for text in texts):
+    holds_tokens = any(pattern.search(text) for text in texts)
+    if not holds_tokens and not any(mark in text for text in texts for mark in marks):
         return None
 
     parts = set("".join(written))
     hidden = {ord(char): rare for char, rare in zip(parts, _unused(prompt, len(parts)), strict=True)}
     shown_again = {ord(rare): chr(char) for char, rare in hidden.items()}
-    hidden_marks = {ord(mark): hidden[ord(mark)] for mark in marks}
     cuts = [(token[:n], token[n:]) for token in set(written) for n in range(1, len(token))]
     tails = {start for start, _ in cuts if marks.intersection(start)}
     heads = {end for _, end in cuts if marks.intersection(end)}
@@ -53,8 +53,9 @@ def pieces_of_prompt(chat: Chat, prompt: str, tokens: Sequence[str]) -> Pieces |
     def without_tokens(text: str) -> str:
         return pattern.sub(lambda match: match[0].translate(hidden), text)
 
-    def without_marks(text: str) -> str:
-        return without_tokens(text).translate(hidden_marks)
+    def without(some: Iterable[str]) -> Callable[[str], str]:
+        table = {ord(mark): hidden[ord(mark)] for mark in some}
+        return lambda text: without_tokens(text).translate(table)
 
     def without_edges(text: str) -> str:
         text = without_tokens(text)
@@ -62,10 +63,13 @@ def pieces_of_prompt(chat: Chat, prompt: str, tokens: Sequence[str]) -> Pieces |
         return text[:start].translate(hidden) + text[start:end] + text[end:].translate(hidden)
 
     # First without any mark, which also shows tokens that the template puts together from parts of texts. Where it
-    # looks for such marks in a text ("</think>" for example), without tokens and what may be one's start or end.
-    for change in (without_marks, without_edges):
+    # looks for such marks in a text ("</think>" for example), without one that is in each token; else without tokens
+    # and what may be one's start or end.
+    shared = sorted(mark for mark in marks if all(mark in token for token in written))
+    without_marks = without(marks)
+    for change in (without_marks, *map(without, shared), without_edges):
         marked = _rendered(chat, change)
-        if change is without_marks and pattern.findall(marked) == written:
+        if change is without_marks and not holds_tokens and pattern.findall(marked) == written:
             return None
         if marked.translate(shown_again) == prompt:
             pieces = re.split(f"({pattern.pattern})", marked)

@@ -268,15 +268,22 @@ def D04_ids_of_tokenizer_json(folder: Path) -> None:
 
 
 def D04_holes_are_legal(folder: Path) -> None:
-    """An id that no token has decodes to nothing. Ids beyond config.json's vocab_size are refused with the model."""
+    """An id that no token has decodes to nothing. Ids beyond config.json's vocab_size are refused with the model.
+
+    The library writes all ids that are not there into a list, so they have a limit.
+    """
     vocab = {token: 10 * token_id for token, token_id in SPECS["llama3"]["model"]["vocab"].items()}
-    biggest = {**vocab, "h": 2**32 - 1}
+    biggest = {**vocab, "h": 2**20 - 1}
     for ids in (vocab, biggest):
         write_json(folder / "tokenizer.json", {**panicking(vocab=ids), "added_tokens": [], "post_processor": None})
         tokenizer = accepted(lambda: load(folder))
         encoded = tokenizer.encode("h")
         check(encoded == [ids["h"]], f"{encoded} in place of {ids['h']}")
         check(tokenizer.decode([*encoded, 1, 2**32 - 2]) == "h", "an id without a token gives text")
+    for too_big in (2**20, 2**31, 2**32 - 1):
+        ids = {**vocab, "h": too_big}
+        write_json(folder / "tokenizer.json", {**panicking(vocab=ids), "added_tokens": [], "post_processor": None})
+        refused_files(folder, "'h'", str(too_big))
 
 
 def D04_ids_of_side_files(folder: Path) -> None:

@@ -115,6 +115,7 @@ def E02_text_and_numbers_without_end(folder: Path) -> None:
             "{{ [0] * 10**9 }}",
             "{{ 10**10**10 }}",
             "{{ 2.0**9999 }}",
+            "{{ 1e999 }}",
             "{{ 9" + "0" * 200_000 + " }}",
             "{{ 0x" + "f" * 200_000 + " }}",
             "{% set ns = namespace(n=9) %}" + LOOPS + "{% set ns.n = ns.n * ns.n %}" + ENDS,
@@ -158,7 +159,56 @@ def E02_shared_values_are_trees(folder: Path) -> None:
     uses += ["{{ [ns.l, ns.m] | unique | list }}", "{{ [ns.l, ns.m] | sort }}", "{{ ns.l | safe }}"]
     uses += ["{{ '%s' % (ns.l,) }}", "{{ '{}'.format(ns.l) }}", "{{ [ns.l].index(ns.m) }}"]
     uses += ["{{ {'a': ns.l}.items() == {'a': ns.m}.items() }}", "{{ ns.l in [ns.m] | reverse }}"]
+    uses += ["{{ raise_exception(ns.l) }}", "{{ [1] | map(ns.l) | list }}", "{{ [1] | select(ns.l) | list }}"]
+    uses += ["{{ messages | selectattr('role', ns.l) | list }}", "{{ (1)[ns.l].x }}", "{{ [1].index(ns.l) }}"]
+    uses += ["{{ [1] | map(attribute=ns.l) | map(attribute='x') | list }}"]
     all_refused([DAG + use for use in uses])
+
+
+def E02_copies_and_messages_of_long_texts(folder: Path) -> None:
+    """What is made on the way: texts in lower case to sort by, repr's ten characters for one, pieces, messages."""
+    rare = "{% set s = '\U000e0001' * 4000000 %}"
+    many = "{% set s = '😀' * 999999 ~ 'x' %}{% set ns = namespace(l=[]) %}{% for i in range(99) %}"
+    all_refused(
+        [
+            "{% set s = 'A' * 4000000 %}{{ [{'a': s}] | sort(attribute='" + "a," * 500 + "a') }}",
+            "{% set s = '😀' * 4000000 %}{{ dict(a=s, b=s, c=s, d=s, e=s, f=s) | dictsort(by='value') | length }}",
+            rare + "{{ [s] }}",
+            rare + "{{ {}[s].x }}",
+            rare + "{{ [1].index(s) }}",
+            rare + "{{ [1] | select(s) | list }}",
+            many + "{% set ns.l = [ns.l, s.split('x')] %}{% endfor %}",
+            "{{ ('a\v' * 2000000) | indent | length }}",
+            "{{ ('\u2028' * 1000000) | indent(64, true, true) | length }}",
+            "{{ ([('9' * 4300) | int] * 300000) | string | length }}",
+        ]
+    )
+
+
+def E02_slow_methods(folder: Path) -> None:
+    """Time that grows with a product, and tuples of one hash: those of -1 and -2 are equal."""
+    pairs = "{% set ns = namespace(h=[], l=[]) %}" + "".join(f"{{% for {n} in [-1, -2] %}}" for n in "abcdef")
+    pairs += "{% set ns.h = ns.h + [(a, b, c, d, e, f)] %}" + "{% endfor %}" * 6
+    pairs += "{% for a in ns.h %}{% set m = namespace(l=[]) %}{% for b in ns.h %}"
+    pairs += "{% set m.l = m.l + [(a, b), (b, a, -1), (a, b, -2)] %}{% endfor %}{% set ns.l = ns.l + m.l %}{% endfor %}"
+    names = ", ".join(f"a{i}" for i in range(2000))
+    sets = "{% if x < 0 %}" + "".join(f"{{% set a{i} = 1 %}}" for i in range(900)) + "{% endif %}"
+    all_refused(
+        [
+            "{{ ('a' * 1000000).strip('b' * 1000000 ~ 'a') }}",
+            "{{ ('a' * 1000000) | trim('b' * 1000000 ~ 'a') }}",
+            "{{ ('a' * 3000000).rfind('ab' ~ 'a' * 1000000) }}",
+            "{{ ('a' * 1000000).rsplit('ab' ~ 'a' * 500000, 1) }}",
+            pairs + "{{ ns.l | unique | list | length }}",
+            pairs + "{{ dict(ns.l) | length }}",
+            f"{{% macro m({names}) %}}{{% endmacro %}}" + LOOPS + "{{ m() }}" + ENDS,
+            "{% macro m(a=[" + "1, " * 4000 + "]) %}{% endmacro %}" + LOOPS + "{{ m() }}" + ENDS,
+            f"{{% for {names} in [range(2000) | list] * 200000 %}}{{% endfor %}}",
+            "{% for x in range(99999) %}" + sets + "{% endfor %}",
+            "{% set s = '9' * 4300 %}{% for i in range(99999) %}{% set x = s | int %}{% endfor %}",
+        ]
+    )
+    refused(RequestError, lambda: rendered("{{ n }}", n=10**100), "more than 100 digits")
 
 
 def E02_deep_syntax(folder: Path) -> None:
@@ -203,9 +253,9 @@ def E02_the_largest_templates_compile_in_time(folder: Path) -> None:
     for template in (
         "{{ " + " ~ ".join(f"a{i}" for i in range(4_500)) + " }}",
         "{{ [" + "a," * 4_500 + "] is none }}",
-        "".join(f"{{% set a{i} = 1 %}}{{% if a %}}{{% endif %}}" for i in range(750)),
-        "{% if a %}" + "".join(f"{{% elif a == {i} %}}{{% set a{i} = 1 %}}" for i in range(750)) + "{% endif %}",
-        "{% for a in b %}" * 18 + "".join(f"{{% set a{i} = b{i} %}}" for i in range(1_300)) + "{% endfor %}" * 18,
+        "".join(f"{{% set a{i % 199} = 1 %}}{{% if a %}}{{% endif %}}" for i in range(750)),
+        "{% if a %}" + "".join(f"{{% elif a == {i} %}}{{% set a{i % 199} = 1 %}}" for i in range(750)) + "{% endif %}",
+        "{% for a in b %}" * 18 + "".join(f"{{% set a{i % 199} = b{i} %}}" for i in range(1_300)) + "{% endfor %}" * 18,
         "".join(f"{{% macro a{i}() %}}{{% endmacro %}}" for i in range(800)),
     ):
         accepted(lambda template=template: rendered(template))

@@ -76,6 +76,9 @@ ALLOWED = """
 {{ 1 is eq 1 }}{{ 1 is ne 2 }}{{ 1 is lt 2 }}{{ 2 is ge 2 }}{{ 1 is in [1] }}{{ none is sameas none }}{{ 'a' is equalto('a') }}
 {% if messages | selectattr('role', 'equalto', 'nobody') %}generators are true{% endif %}{% set g = numbers | map('string') %}{{ g | list }}{{ g | list }}
 {{ messages[1].content.split('</think>')[-1].lstrip('\\n') }}{{ messages[1].content | trim }}{{ 'é' | upper }}{{ '\\u00e9\\x41' }}
+{{ text | title }}{% for i in numbers %}{{ loop.cycle('a', 'b') }}{% endfor %}{{ ['B', 'b', 'a'] | unique | list }}
+{{ messages | unique(attribute='role') | list | length }}{{ ['B', 'b'] | unique(true) | list }}{{ dict(environment=1, pairs=2) }}
+{% macro m(context, obj=1) %}{{ context }}{{ obj }}{% endmacro %}{{ m(context='x', obj=3) }}{{ '{pattern}'.format(pattern='q') }}
 {{ numbers.index(2) }}{{ numbers.count(3) }}{{ messages.0.role }}{{ messages[0]['role'][0] }}{{ text['nothing'] }}{{ (messages[0]).role }}
 """.strip().split("\n")
 
@@ -173,6 +176,12 @@ def test_what_fails_in_transformers_fails_here(template):
         ("{{ 2 ** 65 }}", "power 65"),
         ("{{ 2 ** 64 }}", "beyond 64 bits"),
         ("{{ 99999999999999999999 }}", "beyond 64 bits"),
+        ("{{ 1e999 }}", "a number beyond 64 bits"),
+        ("{{ ('9' * 30) | int }}", "an integer beyond 64 bits"),
+        ("{{ numbers | map('nothing') | list }}", "the filter nothing"),
+        ("{{ numbers | select('nothing') | list }}", "the test nothing"),
+        ("{{ messages | sort(attribute='role,n') }}", "sort takes one attribute"),
+        ("".join(f"{{% set a{i} = 1 %}}" for i in range(201)), "more than 200 variables"),
         ("{{ 9" + "0" * 500 + " }}", "more than 400 digits"),
         ("{{ 'a' * 5000000 }}", "5,000,000 characters"),
         ("{{ range(100001) | list }}", "counts to 100,001"),

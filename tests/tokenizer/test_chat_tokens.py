@@ -141,6 +141,8 @@ def test_injected_header_of_llama_3(shared_data):
         # The template looks at the marks that special tokens are made of.
         ("{{ messages[0].content.split('</think>')[-1] }}</s>", "a</think>b</s>", {}),
         ("{% if '<' in messages[0].content %}<s>{% endif %}{{ messages[0].content }}</s>", "a < b </s>", {}),
+        # Taking marks out of a text makes a token of what is around them.
+        ("{{ messages[0].content.replace('<think>', '') }}</s>", "a<<think>/s>", {}),
     ],
 )
 @pytest.mark.parametrize("name", ["llama2", "llama3", "metaspace first"])
@@ -180,6 +182,13 @@ def test_a_template_that_acts_on_a_special_token_is_refused_such_messages():
         SAMPLES["llama3"].apply_chat_template(messages, chat_template=template)
     assert SAMPLES["llama3"].apply_chat_template(messages[:1], chat_template=template)
     assert SAMPLES["llama3"].apply_chat_template(messages, chat_template=template, parse_special_tokens=True)
+
+
+def test_a_token_in_a_message_does_not_stand_for_the_templates_own():
+    """As many tokens as without it, but elsewhere: the message would have ended itself."""
+    template = "{{ messages[0].content }}{% if '</s>' not in messages[0].content %}</s>{% endif %}"
+    with pytest.raises(RequestError, match=r"messages\[0\]\.content holds the special token '</s>' as text"):
+        SAMPLES["llama3"].apply_chat_template([{"role": "user", "content": "</s>more"}], chat_template=template)
 
 
 def test_the_final_message_to_continue_may_hold_special_tokens():
@@ -228,7 +237,12 @@ def test_tokens_given_by_name_are_tokens():
 def test_no_message_writes_a_special_token(part, parts):
     template = f"<s>{{% for p in messages[0].content %}}{part}{{% endfor %}}</s>"
     tokenizer = SAMPLES["llama3"]
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": parts}], chat_template=template)
+    try:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": parts}], chat_template=template)
+    except RequestError:  # the template acts on a part of the token
+        assert "split" in part
+        assert any(token in text for text in parts for token in ("<s>", "</s>"))
+        return
     assert [token_id for token_id in ids if token_id in tokenizer.special_token_ids] == [
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
