@@ -23,14 +23,14 @@ MAX_DEPTH = 64
 _KINDS = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
 
 
-def read_json_object(
+def read_file(
     path: str | os.PathLike[str],
     error: type[LlamaFastError],
     *,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int,
     io_error: type[LlamaFastError] | None = None,
-) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+) -> bytes:
+    """The content of a regular file; nothing of one that is too large is read.
 
     Args:
         error: what is raised; `io_error`, if given, is raised instead where the file cannot be opened or read.
@@ -42,16 +42,30 @@ def read_json_object(
     path = Path(path)
     cannot_read = io_error or error
     try:
-        if path.exists() and not path.is_file():
-            raise cannot_read(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}, not a JSON file")
+        if os.path.lexists(path) and not path.is_file():  # opening a FIFO would wait for its writer
+            raise cannot_read(f"{path}: is {'a folder and ' if path.is_dir() else ''}not a regular file")
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)  # not by its size, which may change meanwhile
+            size = os.fstat(file.fileno()).st_size
+            # It may grow meanwhile.
+            content = file.read(max_bytes + 1) if size <= max_bytes else None
     except LlamaFastError:  # some are a ValueError too
         raise
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
         raise cannot_read(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
-    if len(content) > max_bytes:
-        raise error(f"{path}: is larger than {max_bytes:,} bytes, the most that such a file may have")
+    if content is None or len(content) > max_bytes:
+        raise error(f"{path}: has {size:,} bytes; such a file has at most {max_bytes:,}")
+    return content
+
+
+def read_json_object(
+    path: str | os.PathLike[str],
+    error: type[LlamaFastError],
+    *,
+    max_bytes: int = MAX_BYTES,
+    io_error: type[LlamaFastError] | None = None,
+) -> dict[str, Any]:
+    """The JSON object in a file; the arguments, and what it raises, are those of `read_file`."""
+    content = read_file(path, error, max_bytes=max_bytes, io_error=io_error)
     return parse_json_object(content, str(path), error)
 
 

@@ -62,7 +62,7 @@ def test_size_limit(tmp_path):
     path.write_bytes(b'{"a": "' + b"x" * (MAX_BYTES - 9) + b'"}')
     assert path.stat().st_size == MAX_BYTES
     assert len(read_json_object(path, ConfigError)["a"]) == MAX_BYTES - 9
-    with pytest.raises(ConfigError, match=f"larger than {MAX_BYTES - 1:,} bytes"):
+    with pytest.raises(ConfigError, match=f"has {MAX_BYTES:,} bytes; such a file has at most {MAX_BYTES - 1:,}"):
         read_json_object(path, ConfigError, max_bytes=MAX_BYTES - 1)
 
 

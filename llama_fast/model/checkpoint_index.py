@@ -17,6 +17,7 @@ from llama_fast.errors import (
     listed,
     shown,
 )
+from llama_fast.files import read_file
 from llama_fast.model.safetensors_header import MAX_TENSORS, parse_tensor_list
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +33,8 @@ def read_index(folder: Path) -> tuple[dict[str, Path], dict[str, set[str]], Any]
         CheckpointIOError: index or shards are missing, or not regular files.
     """
     path = folder / INDEX_FILE
-    index = parse_tensor_list(read_small_file(path, _MAX_INDEX_BYTES), str(path))
+    content = read_file(path, CheckpointFormatError, max_bytes=_MAX_INDEX_BYTES, io_error=CheckpointIOError)
+    index = parse_tensor_list(content, str(path))
     weight_map = index.get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -59,25 +61,6 @@ def read_index(folder: Path) -> tuple[dict[str, Path], dict[str, set[str]], Any]
         )
     metadata = index.get("metadata")
     return paths, names_in, metadata.get("total_size") if isinstance(metadata, dict) else None
-
-
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """What a file beside the weights holds.
-
-    Raises:
-        CheckpointIOError: it is not there, not a regular file or cannot be read.
-        CheckpointFormatError: it has more than `max_bytes` bytes.
-    """
-    if os.path.lexists(path) and not os.path.isfile(path):  # opening a FIFO would wait for a writer
-        raise CheckpointIOError(f"{path} is not a regular file")
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)  # not by its size, which may change meanwhile
-    except OSError as error:
-        raise CheckpointIOError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(content) > max_bytes:
-        raise CheckpointFormatError(f"{path} is larger than {max_bytes:,} bytes, the most that such a file may have")
-    return content
 
 
 def plain_path(folder: Path, name: str, source: str) -> Path:

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from llama_fast.errors import CheckpointFormatError, CheckpointIOError, shown
+from llama_fast.files import read_file
 from llama_fast.model.checkpoint_files import CheckpointFiles
-from llama_fast.model.checkpoint_index import plain_path, read_small_file
+from llama_fast.model.checkpoint_index import plain_path
 from llama_fast.model.progress import ProgressBar
 
 MANIFEST = "SHA256SUMS"
@@ -75,7 +76,7 @@ def _listed_digests(folder: Path) -> Iterator[tuple[Path, str, str]]:
     manifest = folder / MANIFEST
     if not os.path.lexists(manifest):
         return
-    content = read_small_file(manifest, _MAX_MANIFEST_BYTES)
+    content = read_file(manifest, CheckpointFormatError, max_bytes=_MAX_MANIFEST_BYTES, io_error=CheckpointIOError)
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         if line.strip() and not line.startswith("#"):
             match = _MANIFEST_LINE.fullmatch(line)

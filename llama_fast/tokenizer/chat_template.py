@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_fast.errors import RequestError, TemplateError, TokenizerFileError, listed, shown
-from llama_fast.files import MAX_DEPTH, written_whole
+from llama_fast.files import MAX_DEPTH, read_file, written_whole
 from llama_fast.tokenizer.chat_budget import one_line
 from llama_fast.tokenizer.chat_builtins import FUNCTIONS
 from llama_fast.tokenizer.chat_sandbox import MAX_SOURCE, render
@@ -264,14 +264,8 @@ def _final_text(messages: list[dict[str, Any]]) -> tuple[str, dict[str, Any], st
 
 
 def _read_text(path: Path) -> str:
-    max_bytes = 4 * MAX_SOURCE
+    content = read_file(path, TokenizerFileError, max_bytes=4 * MAX_SOURCE)
     try:
-        if not path.is_file():  # a FIFO would wait for its writer
-            raise TokenizerFileError(f"{path} is not a regular file")
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise TokenizerFileError(f"{path} has more than {max_bytes:,} bytes, the most a chat template may have")
         return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise TokenizerFileError(f"{path} cannot be read as UTF-8 text: {cause}") from cause
+    except UnicodeDecodeError as cause:
+        raise TokenizerFileError(f"{path}: is not UTF-8: byte {cause.start} is 0x{content[cause.start]:02x}") from cause

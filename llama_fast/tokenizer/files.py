@@ -32,7 +32,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from llama_fast.errors import TokenizerFileError, listed, shown
-from llama_fast.files import parse_json_object, read_json_object
+from llama_fast.files import parse_json_object, read_file, read_json_object
 from llama_fast.tokenizer.chat_template import read_chat_templates
 from llama_fast.tokenizer.growth import check_growth
 from llama_fast.tokenizer.sentencepiece_conversion import add_tokens, convert_sentencepiece
@@ -121,7 +121,7 @@ def read_tokenizer_files(
 
 
 def _load(path: Path) -> Tokenizer:
-    content = _read(path, _MAX_JSON_BYTES)
+    content = read_file(path, TokenizerFileError, max_bytes=_MAX_JSON_BYTES)
     spec = parse_json_object(content, str(path), TokenizerFileError)
     if isinstance(spec.get("model"), dict) and (prefix := spec["model"].get("continuing_subword_prefix")):
         raise TokenizerFileError(  # the library cuts characters by it and ends the process
@@ -195,7 +195,7 @@ def read_sentencepiece(
     path: Path, legacy: bool, add_prefix_space: bool | None, added_tokens: Mapping[int, AddedToken]
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.model; the arguments, and what it raises, are those of `convert_sentencepiece`."""
-    content = _read(path, _MAX_MODEL_BYTES)
+    content = read_file(path, TokenizerFileError, max_bytes=_MAX_MODEL_BYTES)
     for start, what, fix in (
         (
             rb"[A-Za-z0-9+/]+=* \d+\r?\n",
@@ -253,16 +253,3 @@ def _added_token(name: str, entry: Any) -> AddedToken:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, TokenizerFileError, max_bytes=MAX_SIDE_BYTES) if path.exists() else {}
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    """Content of a file that may not be small; its size is checked before it is read."""
-    if not path.is_file():  # a FIFO would wait for its writer
-        raise TokenizerFileError(f"{path}: is not a regular file")
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise TokenizerFileError(f"{path}: has {size:,} bytes; such a file has at most {max_bytes:,}")
-        return path.read_bytes()
-    except OSError as cause:
-        raise TokenizerFileError(f"{path}: cannot be read: {cause.strerror}") from cause

@@ -224,7 +224,7 @@ def test_a_folder_in_place_of_a_file(tmp_path):
         ('{"weight_map": ["a"]}', "needs a .weight_map."),
         ('{"weight_map": {"a": 1}}', "needs a .weight_map."),
         ('{"weight_map": {}}', "needs a .weight_map."),
-        (" " * 1_250_001, "larger than 1,250,000 bytes"),
+        (" " * 1_250_001, "has at most 1,250,000"),
     ],
 )
 def test_C01_malformed_index(tmp_path, content, reason):

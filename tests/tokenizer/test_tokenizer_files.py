@@ -146,7 +146,7 @@ def test_D01_large_files_are_not_read(tmp_path, name, size):
 
 def test_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "tokenizer.model").mkdir()
-    with pytest.raises(TokenizerFileError, match=r"tokenizer\.model: is not a regular file"):
+    with pytest.raises(TokenizerFileError, match=r"tokenizer\.model: is a folder and not a regular file"):
         read_tokenizer_files(tmp_path)
 
 
