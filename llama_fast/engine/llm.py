@@ -75,9 +75,9 @@ class LLM:
         folder = find_folder(
             model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
+        checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
         self.tokenizer = LlamaTokenizer.from_pretrained(folder)
         self.generation_defaults = GenerationDefaults.from_folder(folder)
-        checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
         self.generation_defaults.check_vocab(checkpoint.config.vocab_size)
         check_tokenizer(self.tokenizer, checkpoint.config, checkpoint.folder)
         select_backend(backend, checkpoint.device)
