@@ -59,6 +59,7 @@ REFUSED = {
     "no pieces": (model_file([]), "has no pieces"),
     "no trainer_spec": (field(1, b""), "has no trainer_spec"),
     "no normalizer_spec": (field(1, b"") + field(2, b""), "has no normalizer_spec"),
+    "null character": (model_file([*PIECES, ("\0", -50.0, NORMAL)]), "is the null character"),
     "unigram": (model_file(trainer={3: 1, 35: True}), "model_type is unigram; .* BPE"),
     "model type by default": (model_file(trainer={35: True}), "model_type is unigram"),
     "model of words": (model_file(trainer={3: 3}), "model_type is word"),

@@ -36,6 +36,8 @@ def budget_of(environment: Environment) -> Budget:
 
 def _items(budget: Budget, value: Any, *arguments: Any) -> Iterator[Any]:
     """The items of `value`, each paid for, also for what a filter does to it by `arguments`."""
+    if isinstance(value, LoopContext):  # Jinja's filters would take items from the loop, some of them later
+        raise TemplateError("the chat template gives its loop to a filter; give it the list that the loop goes through")
     steps = _ITEM_STEPS + sum(len(argument) for argument in arguments if isinstance(argument, str)) // 4
     for item in value:
         budget.spend(steps)
@@ -366,7 +368,7 @@ def _dict(environment: Environment, pairs: Any = (), /, **named: Any) -> dict[An
     budget = budget_of(environment)
     budget.walk(pairs)
     budget.spend(8 + 4 * len(named))
-    pairs = pairs.items() if isinstance(pairs, dict) else pairs
+    pairs = pairs.items() if isinstance(pairs, dict | Undefined) else pairs
     return {**{budget.key(key): value for key, value in pairs}, **named}
 
 

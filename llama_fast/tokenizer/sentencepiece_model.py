@@ -138,6 +138,8 @@ def _check_pieces(pieces: list[Piece], byte_fallback: bool, name: str) -> None:
             raise TokenizerFileError(
                 f"{where} is USER_DEFINED and holds a space, which is not supported; use a tokenizer.json instead"
             )
+        if piece.text == "\0":
+            raise TokenizerFileError(f"{where} is the null character, a piece that SentencePiece never makes of a text")
         # Decoding takes every text of this form for a byte.
         if piece.type != PieceType.BYTE and re.fullmatch("<0x..>", piece.text):
             raise TokenizerFileError(f"{where} has type {piece.type.name}; of this form only BYTE pieces are supported")

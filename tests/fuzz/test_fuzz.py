@@ -196,7 +196,8 @@ def test_warning_with_a_control_character(load, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ 'a' | float }}", "{{ 'a' | int }}", "{{ 'a' | float(7) }}", "{{ \"'a' b\" | title }}"]
+    "source",
+    ["{{ 'a' | float }}", "{{ 'a' | int }}", "{{ 'a' | float(7) }}", "{{ \"'a' b\" | title }}"],
 )
 def test_what_was_rendered_wrongly(source, load, tmp_path):
     load("template").run(source, tmp_path)

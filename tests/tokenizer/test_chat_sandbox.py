@@ -203,6 +203,8 @@ def test_what_fails_in_transformers_fails_here(template):
             "64 deep",
         ),
         ("{% for i in range(99) %}{% set x = 'a' * 4000000 %}{% endfor %}", "too much text"),
+        ("{% for i in [1, 2] %}{% set m = loop | reject('none') %}{% endfor %}", "gives its loop to a filter"),
+        ("{{ dict(x) }}", "'x' is undefined"),
     ],
 )
 def test_what_is_refused(template, message):
