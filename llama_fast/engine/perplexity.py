@@ -121,7 +121,8 @@ def perplexity(
     stride = context - 1 if stride is None else stride
     if not 1 <= stride < context:
         raise RequestError(f"stride={stride} must be 1 to context - 1 = {context - 1}, or tokens would go unscored")
-    text_ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    # Quietly: a text longer than the context is what the windows are for.
+    text_ids = llm.tokenizer.encode(text, add_special_tokens=False, verbose=False)
     bos_ids = _bos_ids(llm)
     if len(bos_ids) + len(text_ids) < 2:
         raise RequestError(f"the text has {len(text_ids)} tokens; perplexity needs at least {2 - len(bos_ids)}")

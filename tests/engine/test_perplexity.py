@@ -165,3 +165,12 @@ def test_a_perplexity_beyond_every_float_is_an_error(folder):
     llm.model.model.norm.weight.mul_(1e5)
     with pytest.raises(NonFiniteLogitsError, match="nats per token"):
         perplexity(llm, "abcd abcd")
+
+
+def test_a_text_longer_than_the_tokenizers_limit_is_no_warning(tmp_path, caplog):
+    llm = LLM(save_byte_model(tmp_path))
+    llm.tokenizer.model_max_length = 16
+    perplexity(llm, "a" * 40, context=16)
+    assert "model_max_length" not in caplog.text
+    llm.tokenizer.encode("a" * 40)
+    assert "more than model_max_length=16" in caplog.text

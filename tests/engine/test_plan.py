@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.shapes import SHAPES
 from llama_fast import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.plan import MemoryPlan, step_rows, weight_rows
@@ -22,17 +23,7 @@ from llama_fast.ops import device_memory
 from tests.byte_model import save_byte_model
 from tests.tiny import make_model, make_request
 
-LLAMA_1B = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
+LLAMA_1B = SHAPES["llama-3.2-1b"]
 LLAMA_8B = {
     **LLAMA_1B,
     "hidden_size": 4096,
