@@ -26,6 +26,8 @@ class Batch:
         page_table: int64 [num_seqs, max_pages], a sequence's pages in slot order; unused entries are 0.
         cos, sin: fp32 [num_tokens, rotary_dim], each token's own rotation.
         split_size: slots whose softmax is summed together.
+        generated: whether the tokens are generated ones, one a sequence, rather than prompt. A backend may take another
+            route for each role, but a token's route depends on nothing else.
     """
 
     ops: ModuleType
@@ -38,6 +40,7 @@ class Batch:
     cos: Tensor
     sin: Tensor
     split_size: int
+    generated: bool = False
 
     def pages_of_slots(self, page_size: int) -> tuple[Tensor, Tensor]:
         """Each token's page and the offset in it: int64 [num_tokens] each."""

@@ -91,9 +91,9 @@ class DecoderLayer(nn.Module):
         """x [num_tokens, hidden_size] -> the same shape; K and V of the batch's tokens are written into `pages`."""
         ops = batch.ops
         q = ops.norm_qkv_rope_cache(x, self.input_layernorm, self.qkv_proj, batch, pages)
-        x = ops.linear_residual(ops.attention(q, pages, batch), self.o_proj, x)
-        h = ops.norm_gate_up_act(x, self.post_attention_layernorm, self.gate_up_proj)
-        return ops.linear_residual(h, self.down_proj, x)
+        x = ops.linear_residual(ops.attention(q, pages, batch), self.o_proj, x, batch)
+        h = ops.norm_gate_up_act(x, self.post_attention_layernorm, self.gate_up_proj, batch)
+        return ops.linear_residual(h, self.down_proj, x, batch)
 
 
 class LlamaDecoder(nn.Module):

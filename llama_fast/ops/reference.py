@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.ops.activations import ACTIVATIONS, Activation
+from llama_fast.ops.activations import ACTIVATIONS
 from llama_fast.ops.reference_attention import attention
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
@@ -61,18 +61,17 @@ class LinearWeight:
     """What `prepare_linear` returns here: the parts as they are; outputs are concatenated in their order."""
 
     parts: tuple[LinearPart, ...]
-    activation: Activation | None
+    activation: str | None
 
 
-def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
+def prepare_linear(parts: Sequence[nn.Linear], activation: str | None = None) -> LinearWeight:
     """Make one weight of several projections of the same input (q, k, v; gate, up).
 
     Args:
         parts: modules with `weight` [out_features, in_features] and `bias` [out_features] or None.
-        activation: for gate and up: a name of `ACTIVATIONS` or an elementwise function.
+        activation: for gate and up: a name of `ACTIVATIONS`.
     """
-    function = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    return LinearWeight(tuple(LinearPart(part.weight, part.bias) for part in parts), function)
+    return LinearWeight(tuple(LinearPart(part.weight, part.bias) for part in parts), activation)
 
 
 # --- primitives ------------------------------------------------------------------------------------------------------
@@ -113,17 +112,22 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return in_row_blocks(lambda rows: F.linear(rows, weight, bias), x)[:, :out_features]
 
 
-def linear(x: Tensor, weight: LinearWeight) -> Tensor:
-    """x [num_tokens, in_features] times all parts of `weight` -> [num_tokens, sum of out_features], in x's dtype."""
+def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
+    """x [num_tokens, in_features] times all parts of `weight` -> [num_tokens, sum of out_features], in x's dtype.
+
+    Args:
+        generated: whether the rows are generated tokens (see Batch); both roles take one route here.
+    """
     outputs = [_matmul(x, part.weight, part.bias) for part in weight.parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def silu_mul(gate_up: Tensor, activation: Activation = F.silu) -> Tensor:
+def silu_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * up in fp32, rounded once.
 
     Args:
         gate_up: [num_tokens, 2 * intermediate_size], gate first.
+        activation: a name of `ACTIVATIONS`.
 
     Returns:
         [num_tokens, intermediate_size] in gate_up's dtype.
@@ -131,7 +135,7 @@ def silu_mul(gate_up: Tensor, activation: Activation = F.silu) -> Tensor:
     Source: SwiGLU, arXiv:2002.05202.
     """
     gate, up = widen(gate_up).chunk(2, dim=-1)
-    return (elementwise(activation, gate) * up).to(gate_up.dtype)
+    return (elementwise(ACTIVATIONS[activation], gate) * up).to(gate_up.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -184,7 +188,7 @@ def embed(token_ids: Tensor, embed_tokens: nn.Embedding) -> Tensor:
 
 def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
     """RMSNorm, q/k/v projection, RoPE, cache write: x [num_tokens, hidden_size] -> q [num_tokens, heads, head_dim]."""
-    packed = linear(rms_norm(x, norm.weight, norm.eps), qkv)
+    packed = linear(rms_norm(x, norm.weight, norm.eps), qkv, batch.generated)
     num_kv_heads, head_dim = pages.k.shape[1], pages.k.shape[3]
     q, k, v = packed.unflatten(-1, (-1, head_dim)).tensor_split(
         (packed.shape[-1] // head_dim - 2 * num_kv_heads, packed.shape[-1] // head_dim - num_kv_heads), dim=1
@@ -192,14 +196,14 @@ def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batc
     return rope_and_cache(q, k, v, batch, pages)
 
 
-def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor) -> Tensor:
+def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor, batch: Batch) -> Tensor:
     """residual + linear(x), the projection rounded before the add: [num_tokens, hidden_size]."""
-    return residual + linear(x, weight)
+    return residual + linear(x, weight, batch.generated)
 
 
-def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight) -> Tensor:
+def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight, batch: Batch) -> Tensor:
     """RMSNorm, gate and up projection, activation(gate) * up -> [num_tokens, intermediate_size]."""
-    return silu_mul(linear(rms_norm(x, norm.weight, norm.eps), gate_up), gate_up.activation or F.silu)
+    return silu_mul(linear(rms_norm(x, norm.weight, norm.eps), gate_up, batch.generated), gate_up.activation or "silu")
 
 
 def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
