@@ -5,7 +5,7 @@ Fused    mean of squares, scale, weight: one pass, a row stays in registers. The
 Traffic  2 * num_tokens * hidden_size * itemsize bytes (and the weight): memory-bound.
 Shapes   x [num_tokens, hidden_size], weight [hidden_size] -> x's shape
 Dtypes   fp16, bf16 or fp32 in and out; fp32 sum of squares.
-Source   arXiv:1910.07467; rounding as transformers' LlamaRMSNorm. Another order cost accuracy elsewhere (SGLang #22931).
+Source   arXiv:1910.07467; rounding as transformers' LlamaRMSNorm; another order costs accuracy.
 """
 
 import torch
@@ -18,8 +18,8 @@ from llama_fast.kernels.arguments import check_tensors, contiguous, refuse
 MAX_HIDDEN_SIZE = 2**16
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, num_tokens, hidden_size, eps, BLOCK: tl.constexpr):
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, hidden_size, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < hidden_size
@@ -62,7 +62,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if out.numel():
         num_tokens, hidden_size = x.shape
         block = triton.next_power_of_2(hidden_size)
-        _rms_norm_kernel[(num_tokens,)](
-            x, weight, out, num_tokens, hidden_size, eps, block, num_warps=num_warps(hidden_size)
-        )
+        _rms_norm_kernel[(num_tokens,)](x, weight, out, hidden_size, eps, block, num_warps=num_warps(hidden_size))
     return out

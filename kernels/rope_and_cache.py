@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ELEMENTS = 1024
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _rope_and_cache_kernel(
     q_ptr,
     k_ptr,
@@ -39,7 +39,6 @@ def _rope_and_cache_kernel(
     slots_ptr,
     seq_ids_ptr,
     page_table_ptr,
-    num_tokens,
     q_stride,
     k_stride,
     v_stride,
@@ -71,7 +70,7 @@ def _rope_and_cache_kernel(
     is_query = block < q_blocks
     heads = tl.where(is_query, block, block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     mask = (heads < tl.where(is_query, NUM_HEADS, NUM_KV_HEADS)) & (dims[None, :] < HEAD_DIM)
-    if is_query:
+    if is_query:  # noqa: SIM108 - Triton has no conditional expression on a loaded value
         source = q_ptr + token * q_stride + heads * HEAD_DIM
     else:
         source = k_ptr + token * k_stride + heads * HEAD_DIM
@@ -127,7 +126,6 @@ def rope_and_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Bat
             batch.slots,
             batch.seq_ids,
             batch.page_table,
-            num_tokens,
             q.stride(0),
             k.stride(0),
             v.stride(0),

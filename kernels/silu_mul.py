@@ -89,10 +89,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _silu_mul_kernel(
-    gate_up_ptr, out_ptr, num_tokens, stride, intermediate_size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, intermediate_size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     # Blocks of columns on axis 0, the only one that may exceed 65,535. int64: row * stride leaves int32 after 37,449
     # tokens at 70B's width of 57,344.
     num_blocks = tl.cdiv(intermediate_size, BLOCK)
@@ -134,7 +132,5 @@ def silu_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     out = torch.empty(num_tokens, intermediate_size, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid = (num_tokens * triton.cdiv(intermediate_size, _BLOCK),)
-        _silu_mul_kernel[grid](
-            gate_up, out, num_tokens, gate_up.stride(0), intermediate_size, ACTIVATIONS[activation], _BLOCK
-        )
+        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), intermediate_size, ACTIVATIONS[activation], _BLOCK)
     return out

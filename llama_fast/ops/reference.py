@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.ops.activations import ACTIVATIONS
+from llama_fast.ops.activations import ACTIVATIONS, Activation
 from llama_fast.ops.reference_attention import attention
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
@@ -61,15 +61,15 @@ class LinearWeight:
     """What `prepare_linear` returns here: the parts as they are; outputs are concatenated in their order."""
 
     parts: tuple[LinearPart, ...]
-    activation: str | None
+    activation: str | Activation | None
 
 
-def prepare_linear(parts: Sequence[nn.Linear], activation: str | None = None) -> LinearWeight:
+def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
     """Make one weight of several projections of the same input (q, k, v; gate, up).
 
     Args:
         parts: modules with `weight` [out_features, in_features] and `bias` [out_features] or None.
-        activation: for gate and up: a name of `ACTIVATIONS`.
+        activation: for gate and up: a name of `ACTIVATIONS` or an elementwise function.
     """
     return LinearWeight(tuple(LinearPart(part.weight, part.bias) for part in parts), activation)
 
@@ -122,12 +122,12 @@ def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def silu_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
+def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:
     """activation(gate) * up in fp32, rounded once.
 
     Args:
         gate_up: [num_tokens, 2 * intermediate_size], gate first.
-        activation: a name of `ACTIVATIONS`.
+        activation: a name of `ACTIVATIONS` or an elementwise function.
 
     Returns:
         [num_tokens, intermediate_size] in gate_up's dtype.
@@ -135,7 +135,8 @@ def silu_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     Source: SwiGLU, arXiv:2002.05202.
     """
     gate, up = widen(gate_up).chunk(2, dim=-1)
-    return (elementwise(ACTIVATIONS[activation], gate) * up).to(gate_up.dtype)
+    function = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    return (elementwise(function, gate) * up).to(gate_up.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
