@@ -17,16 +17,34 @@ import triton
 import triton.language as tl
 
 from llama_fast.kernels.arguments import check_devices, check_integers, check_tensors, refuse
+from llama_fast.kernels.batch_checks import check_indices
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages
 
-# Elements that one program rotates: a few heads of one token.
+# Elements of a few heads of one token, a program's share. Two warps: 16 elements a thread, so that each half of a pair
+# is one 128-bit load in 16-bit dtypes.
 _ELEMENTS = 1024
+_WARPS = 2
 
 
 @triton.jit
+def _rotated(source, mask, dims, cos_ptr, sin_ptr, HALF: tl.constexpr):
+    """Both halves of the heads that begin at `source`, rotated: fp32 [BLOCK_H, BLOCK_HALF] each."""
+    first = tl.load(source + dims, mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + dims, mask, other=0.0).to(tl.float32)
+    # Every head loads the token's rotation again, from cache: one row, spread over the heads, would take shared memory.
+    dims = tl.broadcast_to(dims, first.shape)
+    first_cos = tl.load(cos_ptr + dims, mask, other=0.0)
+    first_sin = tl.load(sin_ptr + dims, mask, other=0.0)
+    second_cos = tl.load(cos_ptr + HALF + dims, mask, other=0.0)
+    second_sin = tl.load(sin_ptr + HALF + dims, mask, other=0.0)
+    return first * first_cos - second * first_sin, second * second_cos + first * second_sin
+
+
+# A page table's width differs from batch to batch, which should compile nothing.
+@triton.jit(do_not_specialize=["page_table_stride"])
 def _rope_and_cache_kernel(
     q_ptr,
     k_ptr,
@@ -52,47 +70,62 @@ def _rope_and_cache_kernel(
     PAGE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
-    # Blocks of heads: first those of q, then those of k (and v). Tokens are on axis 0, which may exceed 65,535.
+    # Tokens are on axis 0, the only one that may exceed 65,535; on axis 1 blocks of heads, q's, then k's (and v's).
+    # int64: a pool of 2^31 elements is 4 GiB in bf16.
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    q_blocks: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
-    dims = tl.arange(0, BLOCK_D)
-    half: tl.constexpr = ROTARY_DIM // 2
-    # The other element of a pair; dims beyond rotary_dim are their own and turn by nothing.
-    partner = tl.where(dims < half, dims + half, dims - half)
-    rotated = dims < ROTARY_DIM
-    cos = tl.load(cos_ptr + token * ROTARY_DIM + dims, rotated, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + token * ROTARY_DIM + dims, rotated, other=0.0)[None, :]
-    sin = tl.where(dims[None, :] < half, -sin, sin)
-    pair = tl.where(rotated, partner, dims)[None, :]
-
-    is_query = block < q_blocks
-    heads = tl.where(is_query, block, block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    mask = (heads < tl.where(is_query, NUM_HEADS, NUM_KV_HEADS)) & (dims[None, :] < HEAD_DIM)
-    if is_query:  # noqa: SIM108 - Triton has no conditional expression on a loaded value
+    Q_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    cos_ptr += token * ROTARY_DIM
+    sin_ptr += token * ROTARY_DIM
+    lanes = tl.arange(0, BLOCK_H)[:, None]
+    dims = tl.arange(0, BLOCK_HALF)[None, :]
+    rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, :]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if block < Q_BLOCKS:
+        heads = block * BLOCK_H + lanes
+        in_heads = heads < NUM_HEADS
+        mask = in_heads & (dims < HALF)
         source = q_ptr + token * q_stride + heads * HEAD_DIM
+        first, second = _rotated(source, mask, dims, cos_ptr, sin_ptr, HALF)
+        target = out_ptr + token * (NUM_HEADS * HEAD_DIM) + heads * HEAD_DIM
+        tl.store(target + dims, first.to(dtype), mask)
+        tl.store(target + HALF + dims, second.to(dtype), mask)
+        if ROTARY_DIM < HEAD_DIM:
+            mask = in_heads & (rest < HEAD_DIM)
+            tl.store(target + rest, tl.load(source + rest, mask), mask)
     else:
-        source = k_ptr + token * k_stride + heads * HEAD_DIM
-    x = tl.load(source + dims[None, :], mask, other=0.0).to(tl.float32)
-    other = tl.load(source + pair, mask, other=0.0).to(tl.float32)
-    # Unrotated dims are copied, not multiplied by one and added to zero times themselves: infinity stays infinity.
-    out = tl.where(rotated[None, :], x * cos + other * sin, x).to(out_ptr.dtype.element_ty)
-    if is_query:
-        tl.store(out_ptr + (token * NUM_HEADS + heads) * HEAD_DIM + dims[None, :], out, mask)
-    else:
+        # All loads before the first store, or they would wait for the lookup of the page.
         slot = tl.load(slots_ptr + token)
         seq = tl.load(seq_ids_ptr + token)
+        heads = (block - Q_BLOCKS) * BLOCK_H + lanes
+        in_heads = heads < NUM_KV_HEADS
+        v_dims = tl.arange(0, BLOCK_D)[None, :]
+        v_mask = in_heads & (v_dims < HEAD_DIM)
+        v = tl.load(v_ptr + token * v_stride + heads * HEAD_DIM + v_dims, v_mask, other=0.0)
+        finite = tl.min((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32), axis=1, keep_dims=True) != 0
+        mask = in_heads & (dims < HALF)
+        source = k_ptr + token * k_stride + heads * HEAD_DIM
+        first, second = _rotated(source, mask, dims, cos_ptr, sin_ptr, HALF)
         page = tl.load(page_table_ptr + seq * page_table_stride + slot // PAGE)
-        # int64: a pool of 2^31 elements is 4 GiB in bf16.
-        target = page * page_stride + heads * head_stride + (slot % PAGE) * HEAD_DIM + dims[None, :]
-        tl.store(k_pages_ptr + target, out, mask)
-        v = tl.load(v_ptr + token * v_stride + heads * HEAD_DIM + dims[None, :], mask, other=0.0)
-        tl.store(v_pages_ptr + target, v, mask)
+        target = page * page_stride + (slot % PAGE) * HEAD_DIM + heads.to(tl.int64) * head_stride
+        tl.store(v_pages_ptr + target + v_dims, tl.where(finite, v, 0.0), v_mask)
+        target += k_pages_ptr
+        tl.store(target + dims, tl.where(finite, first, float("nan")).to(dtype), mask)
+        tl.store(target + HALF + dims, tl.where(finite, second, float("nan")).to(dtype), mask)
+        if ROTARY_DIM < HEAD_DIM:
+            mask = in_heads & (rest < HEAD_DIM)
+            k_rest = tl.load(source + rest, mask, other=0.0).to(tl.float32)
+            tl.store(target + rest, tl.where(finite, k_rest, float("nan")).to(dtype), mask)
 
 
 def rope_and_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, pages: LayerPages) -> torch.Tensor:
     """Rotate q and k in fp32; write k and v into their pages.
+
+    A head of v that is not finite is written as zeros, and NaN as its k (see the twin in ops/reference.py).
 
     Args:
         q: [num_tokens, num_heads, head_dim]; tokens may be strided, heads and dims may not.
@@ -107,12 +140,14 @@ def rope_and_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Bat
         KernelArgumentError: dtypes, devices, shapes or strides that are not as above.
     """
     _check(q, k, v, batch, pages)
+    check_indices("rope_and_cache", batch, pages)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel():
+    if out.numel() or k.numel():
+        rotary_dim = batch.cos.shape[1]
         block_d = triton.next_power_of_2(head_dim)
-        block_h = max(1, min(_ELEMENTS // block_d, triton.next_power_of_2(num_heads)))
+        block_h = max(1, min(_ELEMENTS // block_d, triton.next_power_of_2(max(num_heads, num_kv_heads))))
         grid = (num_tokens, triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
         _rope_and_cache_kernel[grid](
             q,
@@ -135,10 +170,13 @@ def rope_and_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Bat
             num_heads,
             num_kv_heads,
             head_dim,
-            batch.cos.shape[1],
+            rotary_dim,
             pages.page_size,
             block_h,
             block_d,
+            triton.next_power_of_2(rotary_dim // 2),
+            triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+            num_warps=_WARPS,
         )
     return out
 
@@ -149,19 +187,23 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, page
     indices = {"slots": batch.slots, "seq_ids": batch.seq_ids, "page_table": batch.page_table}
     check_devices(op, q=q, cos=batch.cos, sin=batch.sin, **indices)
     check_integers(op, **indices)
-    num_tokens, rotary_dim = q.shape[0], batch.cos.shape[-1]
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        refuse(op, f"q, k and v must be [num_tokens, heads, head_dim], k and v alike; got {shapes}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3 or x.shape[0] != num_tokens or x.shape[2] != q.shape[2] or k.shape != v.shape:
-            shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-            refuse(op, f"q, k and v must be [num_tokens, heads, head_dim], k and v alike; got {shapes}")
-        if x.shape[0] and (x.stride(2) != 1 or x.stride(1) != x.shape[2]):
+        if x.numel() and (x.stride(2) != 1 or x.stride(1) != x.shape[2]):
             refuse(op, f"{name}'s heads and dims must be contiguous; got stride {x.stride()}")
     if batch.cos.dtype != torch.float32 or batch.sin.dtype != torch.float32:
         refuse(op, f"cos and sin must be float32; got {batch.cos.dtype} and {batch.sin.dtype}")
-    if batch.cos.shape != (num_tokens, rotary_dim) or batch.sin.shape != batch.cos.shape or rotary_dim % 2:
-        refuse(op, f"cos and sin must be [{num_tokens}, rotary_dim]; got {tuple(batch.cos.shape)}")
-    if rotary_dim > q.shape[2] or not batch.cos.is_contiguous() or not batch.sin.is_contiguous():
-        refuse(op, f"cos and sin must be contiguous, with at most head_dim={q.shape[2]} columns; got {rotary_dim}")
+    num_tokens, _, head_dim = q.shape
+    if batch.cos.ndim != 2 or batch.cos.shape[0] != num_tokens or batch.sin.shape != batch.cos.shape:
+        shapes = f"{tuple(batch.cos.shape)} and {tuple(batch.sin.shape)}"
+        refuse(op, f"cos and sin must be [{num_tokens}, rotary_dim]; got {shapes}")
+    rotary_dim = batch.cos.shape[1]
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        refuse(op, f"rotary_dim={rotary_dim}, the width of cos, must be even, from 2 to head_dim={head_dim}")
+    if not batch.cos.is_contiguous() or not batch.sin.is_contiguous():
+        refuse(op, f"cos and sin must be contiguous; got stride {batch.cos.stride()} and {batch.sin.stride()}")
     if batch.slots.shape != (num_tokens,) or batch.seq_ids.shape != (num_tokens,) or batch.page_table.ndim != 2:
         refuse(op, f"slots and seq_ids must be [{num_tokens}] and page_table 2-D")
     if batch.page_table.stride(1) != 1 or not batch.slots.is_contiguous() or not batch.seq_ids.is_contiguous():

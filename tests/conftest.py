@@ -16,6 +16,11 @@ from hypothesis import settings
 settings.register_profile("llama_fast", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("llama_fast")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="ten times as many random cases of each kernel")
+
+
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -2,15 +2,9 @@
 
 import torch
 
+from bench.checks import POOL, ulp
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-POOL = 4096  # outputs whose worst error is compared
-
-
-def ulp(exact, dtype):
-    """One unit in the last place of each fp64 number in `dtype`, subnormals included."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(exact.abs().clamp(min=info.tiny))[1] - 1
-    return torch.ldexp(torch.full_like(exact, info.eps), exponent)
 
 
 def doubled(value):

@@ -17,9 +17,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 if INTERPRETED:
-    from tests.kernels.interpreter import patch_bf16
+    from tests.kernels.interpreter import patch_bf16, patch_fma
+    from tests.kernels.nested_calls import patch_nested_calls
 
     patch_bf16()
+    patch_fma()
+    patch_nested_calls()
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +74,53 @@ def guarded(monkeypatch):
             assert (outside == 0xA5).all(), "a kernel wrote beside its output"
 
     return guard
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Function (module, name of its kernel): a list that gets the grid of every launch; run=False only counts."""
+
+    def watch(module, name, run=True):
+        kernel, grids = getattr(module, name), []
+
+        class Watched:
+            def __getitem__(self, grid):
+                grids.append(grid)
+                return kernel[grid] if run else lambda *args, **kwargs: None
+
+        monkeypatch.setattr(module, name, Watched())
+        return grids
+
+    return watch
+
+
+@pytest.fixture
+def only_programs(monkeypatch):
+    """Function (indices): interpreted launches run these programs of axis 0, whatever the grid."""
+
+    def choose(indices):
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        def set_grid_idx(self, x, y, z):
+            self.grid_idx = (indices[x], y, z)
+
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+    return choose
+
+
+@pytest.fixture
+def huge(device, tmp_path):
+    """Function (count, dtype): that many zeros; on the CPU a sparse file, of which only touched pages exist."""
+
+    def make(count, dtype):
+        if device.type == "cpu":
+            path = tmp_path / "sparse"
+            zeros = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+            path.unlink()
+            return zeros
+        if torch.cuda.mem_get_info()[0] < 1.2 * count * dtype.itemsize:
+            pytest.skip(f"needs {count * dtype.itemsize / 2**30:.1f} GiB of GPU memory")
+        return torch.zeros(count, dtype=dtype, device=device)
+
+    return make

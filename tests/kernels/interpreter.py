@@ -3,8 +3,9 @@
 bf16     The interpreter keeps bf16 as uint16 and computes with those bits: `+`, `*`, comparisons and tl.dot are wrong
          without a word, and fp32 -> bf16 truncates. `patch_bf16` computes in fp32 and rounds to nearest even.
          test_interpreter.py's canary fails when upstream no longer needs it.
-tl.dot   Is numpy's BLAS, whose last bits depend on the tile's shape. `exact_dot` sums in fp64 and rounds once, so that
-         tiles of different shapes can be compared bitwise.
+tl.fma   Rounds the product. `patch_fma` rounds once.
+tl.dot   Is numpy's BLAS, whose last bits depend on the tile's shape. `exact_dot` takes the MMA's steps one after the
+         other, each exact and rounded once, so that tiles of different shapes can be compared bitwise.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+# The K of one MMA in 16-bit dtypes, and at most that of every tile.
+_MMA_STEP = 16
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -85,13 +88,29 @@ def patch_bf16():
     InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(_to_bf16([value]), tl.bfloat16)
 
 
+def patch_fma():
+    """Replace the interpreter's fp32 multiply-add for the rest of the process."""
+    plain_fma = InterpreterBuilder.create_fma
+
+    def create_fma(self, x, y, z):
+        if z.data.dtype != np.float32:
+            return plain_fma(self, x, y, z)
+        # The product is exact in fp64; that the sum is rounded there first shows in one of 2^29 results.
+        return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
 @contextlib.contextmanager
 def exact_dot():
-    """tl.dot as a sum in fp64, rounded once to fp32: the same bits whatever the tile's shape."""
+    """tl.dot as hardware chains it: steps along K in ascending order, each in fp64 and rounded to the accumulator."""
 
     def create_dot(self, a, b, d, *options):
-        product = np.matmul(_widened(a).data.astype(np.float64), _widened(b).data.astype(np.float64))
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+        left, right, acc = _widened(a).data.astype(np.float64), _widened(b).data.astype(np.float64), d.data
+        for k in range(0, left.shape[-1], _MMA_STEP):
+            step = np.matmul(left[..., k : k + _MMA_STEP], right[..., k : k + _MMA_STEP, :])
+            acc = (step + acc).astype(acc.dtype)
+        return TensorHandle(acc, d.dtype.scalar)
 
     with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
         yield

@@ -7,10 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="about Triton's interpreter")
+
+
+@triton.jit
+def _square_minus(x_ptr, out_ptr, subtracted):
+    x = tl.load(x_ptr + tl.arange(0, 1))
+    tl.store(out_ptr + tl.arange(0, 1), tl.fma(x, x, -subtracted))
+
 
 _PLAIN_ADD = """
 import torch, triton, triton.language as tl
@@ -41,3 +50,10 @@ def test_bf16_rounds_to_nearest_even_and_keeps_subnormals():
     assert torch.equal(ours, values.bfloat16())
     back = torch.from_numpy(_to_fp32(_to_bf16(values.numpy())))
     assert torch.equal(back, values.bfloat16().float())
+
+
+def test_a_fused_multiply_add_rounds_once():
+    x = torch.tensor([1 + 2**-12])
+    out = torch.zeros(1)
+    _square_minus[(1,)](x, out, 1 + 2**-11)
+    assert out.item() == 2**-24
