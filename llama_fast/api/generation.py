@@ -216,7 +216,7 @@ class GeneratingLM(LlamaLM):
             or engine.cache.pool.shape[0] < self.config.num_hidden_layers
             or engine.cache.pool.dtype != self.dtype
             or engine.cache.pool.device != self.device
-            or engine.ops is not select_backend(self.backend, self.device)
+            or engine.ops is not select_backend(self.backend, self.device, self.dtype)
         ):
             # Twice the length that is needed, up to the context's end: a conversation grows with every call.
             max_seq_len = max(max_seq_len, min(2 * max_seq_len, self.model.rotary.context_len))

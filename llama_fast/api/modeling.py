@@ -79,7 +79,7 @@ class LlamaForCausalLM(GeneratingLM):
         generation_defaults = GenerationDefaults.from_folder(folder)
         checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
         generation_defaults.check_vocab(checkpoint.config.vocab_size)
-        select_backend(backend, checkpoint.device)
+        select_backend(backend, checkpoint.device, checkpoint.dtype)
         check_weights(checkpoint)
         model = read_model(cls, checkpoint, load=load)
         model.backend, model.generation_defaults = backend, generation_defaults
@@ -192,7 +192,7 @@ class LlamaForCausalLM(GeneratingLM):
             )
 
     def _ops_for_call(self) -> ModuleType:
-        ops = select_backend(self.backend, self.device)
+        ops = select_backend(self.backend, self.device, self.dtype)
         if ops is not reference and needs_grad(*self.parameters()):
             logger.info("gradients are wanted: this call runs on the reference backend, kernels are inference-only")
             return reference

@@ -78,7 +78,8 @@ class Engine:
                 "max_seq_len=%d goes beyond the %d tokens the model is made for", self.max_seq_len, context_len
             )
         self.model = model
-        self.ops = select_backend(backend, model.device)
+        self.ops = select_backend(backend, model.device, model.dtype)
+        self.ops.check_cache(model.config.head_dim, page_size)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
         self.cache = PagedKVCache(
@@ -173,11 +174,11 @@ class Engine:
         for work in works:
             metrics = self._samples[work.sequence].request.metrics
             metrics.started = metrics.started or now
-        hidden_states, last_rows = self._run_graph(works)
-        due = [(work, row) for work, row in zip(works, last_rows, strict=True) if work.samples]
+        hidden_states = self._run_graph(works)
+        due = [(work, states[-1]) for work, states in zip(works, hidden_states, strict=True) if work.samples]
         if not due:
             return []
-        logits = self.model.logits(hidden_states[[row for _, row in due]], self.ops)
+        logits = self.model.logits(torch.stack([state for _, state in due]), self.ops)
         samples: list[Sample] = []
         rows: list[int] = []
         for row, (work, _) in enumerate(due):
@@ -187,8 +188,25 @@ class Engine:
         self._draw(samples, logits[rows])
         return samples
 
-    def _run_graph(self, works: list[Work]) -> tuple[Tensor, list[int]]:
-        """Hidden states of the scheduled tokens, and each work's last row in them."""
+    def _run_graph(self, works: list[Work]) -> list[Tensor]:
+        """Each work's hidden states [tokens, hidden_size]; prompts are scored where asked."""
+        if self.ops.ROLES_SHARE_RUNS:
+            hidden_states = self._run_role(works, generated=False)
+        else:
+            roles = {work: work.start >= work.sequence.prompt_len for work in works}
+            by_work: dict[Work, Tensor] = {}
+            for generated in (False, True):
+                group = [work for work in works if roles[work] == generated]
+                if group:
+                    by_work.update(zip(group, self._run_role(group, generated), strict=True))
+            hidden_states = [by_work[work] for work in works]
+        for work, states in zip(works, hidden_states, strict=True):
+            work.sequence.num_computed = work.end
+            self._score_prompt(work, states)
+        return hidden_states
+
+    def _run_role(self, works: list[Work], generated: bool) -> Sequence[Tensor]:
+        """One run of the graph over prompt or over generated tokens; each work's hidden states."""
         chunks = [
             Chunk(
                 token_ids=work.sequence.token_ids[work.start : work.end],
@@ -198,16 +216,9 @@ class Engine:
             )
             for work in works
         ]
-        batch = pack(self.ops, self.model.model.rotary, chunks, self.cache.split_size, self.model.device)
-        hidden_states = self.model.model.run(batch, self.cache)
-        last_rows = []
-        first_row = 0
-        for work in works:
-            work.sequence.num_computed = work.end
-            self._score_prompt(work, hidden_states[first_row : first_row + work.end - work.start])
-            first_row += work.end - work.start
-            last_rows.append(first_row - 1)
-        return hidden_states, last_rows
+        rotary, split_size = self.model.model.rotary, self.cache.split_size
+        batch = pack(self.ops, rotary, chunks, split_size, self.model.device, generated=generated)
+        return self.model.model.run(batch, self.cache).split([work.end - work.start for work in works])
 
     def _samples_of(self, work: Work) -> list[Sample]:
         """The samples that take a token from this work; the further ones fork off when the prompt has run."""

@@ -80,7 +80,7 @@ class LLM:
         self.generation_defaults = GenerationDefaults.from_folder(folder)
         self.generation_defaults.check_vocab(checkpoint.config.vocab_size)
         check_tokenizer(self.tokenizer, checkpoint.config, checkpoint.folder)
-        select_backend(backend, checkpoint.device)
+        select_backend(backend, checkpoint.device, checkpoint.dtype)
         # Before a weight is read, so that what does not fit costs nothing. Engine would count weights that were copied
         # or cast twice: as memory that is taken, and as memory that they will take.
         max_seq_len, cache_bytes = engine_sizes(

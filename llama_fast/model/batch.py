@@ -65,7 +65,13 @@ class Chunk:
 
 
 def pack(
-    ops: ModuleType, rotary: RotaryEmbedding, chunks: Sequence[Chunk], split_size: int, device: torch.device
+    ops: ModuleType,
+    rotary: RotaryEmbedding,
+    chunks: Sequence[Chunk],
+    split_size: int,
+    device: torch.device,
+    *,
+    generated: bool = False,
 ) -> Batch:
     """Pack chunks of unpadded sequences (slot = position) into a batch on `device`."""
     token_ids: list[int] = []
@@ -101,4 +107,5 @@ def pack(
         cos=cos,
         sin=sin,
         split_size=split_size,
+        generated=generated,
     )

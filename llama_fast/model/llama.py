@@ -158,15 +158,17 @@ class LlamaLM(nn.Module):
 
     def prepare(self, ops: ModuleType) -> None:
         """Make the backend's weights anew if a parameter or the backend changed since the last call."""
-        # Tensors made in inference mode count no versions: their writes need `refresh`.
-        versions = [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters()]
-        state = (ops.__name__, versions)
-        if state == self._prepared:
+        if self._prepared == (ops.__name__, self._versions()):
             return
         for layer in self.model.layers:
             cast(DecoderLayer, layer).prepare(ops)
         self.prepared_head: Any = ops.prepare_linear([self.lm_head])
-        self._prepared = state
+        # Taken again: a backend may have joined parameters and made them views of the whole.
+        self._prepared = (ops.__name__, self._versions())
+
+    def _versions(self) -> list[tuple[int, int, int]]:
+        # Tensors made in inference mode count no versions: their writes need `refresh`.
+        return [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters()]
 
     def refresh(self) -> None:
         """Drop the backend's weights, for writes through `.data` that PyTorch does not count."""

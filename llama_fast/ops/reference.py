@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from llama_fast.ops.activations import ACTIVATIONS, Activation
 from llama_fast.ops.reference_attention import attention
+from llama_fast.ops.reference_int4 import Int4Weight as Int4Weight
+from llama_fast.ops.reference_int4 import int4_linear as int4_linear
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
+from llama_fast.ops.shared import copy_pages, embed
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
     from llama_fast.model.llama import RMSNorm
 
 __all__ = [
+    "ROLES_SHARE_RUNS",
     "attention",
+    "check_cache",
     "copy_pages",
     "embed",
     "linear",
@@ -48,6 +53,10 @@ __all__ = [
 HEAD_CHUNK = 512
 
 
+# A generated token has the bits that it would have as a prompt token, and nothing is gained by separating them.
+ROLES_SHARE_RUNS = True
+
+
 @dataclass(frozen=True)
 class LinearPart:
     """One projection as the checkpoint stores it: weight [out_features, in_features], bias [out_features] or None."""
@@ -62,6 +71,10 @@ class LinearWeight:
 
     parts: tuple[LinearPart, ...]
     activation: str | Activation | None
+
+
+def check_cache(head_dim: int, page_size: int) -> None:
+    """Refuse a cache that this backend cannot read; this one reads all."""
 
 
 def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
@@ -152,6 +165,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPages) -> Tensor:
     """Rotate q and k by the batch's cos/sin in fp32; write k and v into their pages.
 
+    A head of v that is not finite is written as zeros, and NaN as its k: then exactly the rows that see the slot become
+    NaN. Attention drops the scores of what a row does not see, but 0 times infinity would reach every row.
+
     Args:
         q: [num_tokens, num_heads, head_dim].
         k, v: [num_tokens, num_kv_heads, head_dim].
@@ -163,6 +179,8 @@ def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPa
     Source: RoFormer, arXiv:2104.09864, in the half-split layout of Hugging Face's Llama.
     """
     q, k = _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin)
+    broken = ~v.isfinite().all(-1, keepdim=True)
+    k, v = k.masked_fill(broken, torch.nan), v.masked_fill(broken, 0)
     page, offset = batch.pages_of_slots(pages.page_size)
     if needs_grad(k, v):
         heads = torch.arange(k.shape[1], device=k.device)
@@ -174,17 +192,7 @@ def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPa
     return q
 
 
-def copy_pages(pool: Tensor, source: Sequence[int], target: Sequence[int]) -> None:
-    """Copy whole pages in every layer, K and V: pool [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]."""
-    pool[:, :, list(target)] = pool[:, :, list(source)]
-
-
 # --- ops of the graph, composed from the primitives ------------------------------------------------------------------
-
-
-def embed(token_ids: Tensor, embed_tokens: nn.Embedding) -> Tensor:
-    """Rows of the embedding: token_ids [num_tokens] -> [num_tokens, hidden_size]."""
-    return F.embedding(token_ids, embed_tokens.weight, embed_tokens.padding_idx)
 
 
 def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:

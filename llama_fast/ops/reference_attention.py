@@ -23,7 +23,7 @@ def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
 
     Each split of `batch.split_size` slots gets a softmax of its own (max, sum, accumulator, in fp32); splits are merged
     in ascending order. A row's order of summation depends on its slot alone. Slots past a sequence's length are never
-    read as numbers, so stale cache contents are harmless.
+    read as numbers, so stale cache contents are harmless. The others hold finite V (see rope_and_cache).
 
     Args:
         q: [num_tokens, num_heads, head_dim], rotated.
@@ -46,15 +46,10 @@ def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
 
 
 class _Split(NamedTuple):
-    """One split of a sequence, zeros past its length.
-
-    keys, values: [num_kv_heads, split_size, padded head_dim], widened, contiguous.
-    broken: [num_kv_heads, 1, split_size], slots whose values are not finite and stand as zeros; None if none are.
-    """
+    """One split of a sequence, zeros past its length: [num_kv_heads, split_size, padded head_dim], widened."""
 
     keys: Tensor
     values: Tensor
-    broken: Tensor | None
 
 
 def _gather_splits(pages: LayerPages, page_table: Tensor, length: int, split_size: int) -> list[_Split]:
@@ -69,12 +64,7 @@ def _gather_splits(pages: LayerPages, page_table: Tensor, length: int, split_siz
         for source in (pages.k, pages.v):
             heads_first = source[table].transpose(0, 1).reshape(source.shape[1], split_size, source.shape[3])
             gathered.append(pad_last(widen(heads_first.masked_fill(~valid, 0)), MATMUL_MULTIPLE))
-        keys, values = gathered
-        finite = values.isfinite().all(-1)
-        # A row must not notice what it does not see, and 0 * inf is NaN.
-        splits.append(
-            _Split(keys, values, None) if finite.all() else _Split(keys, values.nan_to_num(0, 0, 0), ~finite[:, None])
-        )
+        splits.append(_Split(*gathered))
     return splits
 
 
@@ -94,18 +84,15 @@ def _attend_rows(q: Tensor, slots: Tensor, splits: list[_Split]) -> Tensor:
     running_sum = torch.zeros_like(running_max)
     accumulator = torch.zeros_like(block)
     for index in range(int(slots.max()) // split_size + 1):
-        keys, values, broken = splits[index]
+        keys, values = splits[index]
         hidden = torch.arange(split_size, device=slots.device) + index * split_size > last_visible
         scores = torch.bmm(block, keys.transpose(1, 2)).masked_fill(hidden, _MASKED)
         split_max = scores.amax(-1, keepdim=True)
         weights = elementwise(torch.exp, scores - split_max).masked_fill(hidden, 0)
         new_max = torch.maximum(running_max, split_max)
         keep, add = elementwise(torch.exp, running_max - new_max), elementwise(torch.exp, split_max - new_max)
-        weighted = torch.bmm(weights, values)
-        if broken is not None:
-            weighted = weighted.masked_fill((broken & ~hidden).any(-1, keepdim=True), torch.nan)
         running_sum = running_sum * keep + weights.sum(-1, keepdim=True) * add
-        accumulator = accumulator * keep + weighted * add
+        accumulator = accumulator * keep + torch.bmm(weights, values) * add
         running_max = new_max
     # Padded rows have seen nothing: 0 / 1, not 0 / 0.
     out = accumulator / running_sum.masked_fill(running_sum == 0, 1)
