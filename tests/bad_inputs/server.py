@@ -1,4 +1,6 @@
-"""The fork server: `python [-O] -m tests.bad_inputs.server`.
+"""The fork server: `[TRITON_INTERPRET=1] python [-O] -m tests.bad_inputs.server`.
+
+With TRITON_INTERPRET=1 it serves the kernels' entries, else all others: an interpreted kernel is interpreted for good.
 
 Reads entry names from stdin, one a line; writes one JSON line each, `{"name", "seconds", "problem"}`, problem null
 where all held. Everything that entries need is imported before the first fork, and no thread is ever started.
@@ -17,21 +19,22 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.bad_inputs import harness
 
+KERNEL_MODULES = ("f_kernels",)
 MODULES = ("a_config", "b_safetensors", "c_index", "d_tokenizer", "e_templates", "g_generation", "h_cache")
 # Wall clock of an entry, a multiple of the second that a refusal may take: several are tried in one entry.
 LIMIT_S = 30.0
 SPARE_ADDRESS_SPACE = 2 << 30
 
 
-def entries() -> dict[str, Callable[[Path], None]]:
+def entries(modules: Sequence[str]) -> dict[str, Callable[[Path], None]]:
     """All entries by name, in the order of their modules."""
     found: dict[str, Callable[[Path], None]] = {}
-    for module_name in MODULES:
+    for module_name in modules:
         module = importlib.import_module(f"tests.bad_inputs.{module_name}")
         found.update({name: f for name, f in vars(module).items() if re.match(r"[A-M]\d\d_", name)})
     return found
@@ -95,7 +98,7 @@ def _outcome(pid: int, report: int, fault: Path, limit_s: float) -> str | None:
 
 def main() -> None:
     """Answer the names on stdin until it ends."""
-    known = entries()
+    known = entries(KERNEL_MODULES if os.environ.get("TRITON_INTERPRET") == "1" else MODULES)
     gc.collect()
     gc.freeze()  # else each collection in a child scans all that is preloaded
     answers = os.fdopen(os.dup(1), "w")

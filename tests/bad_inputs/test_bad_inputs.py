@@ -1,5 +1,6 @@
 """Every bad input, each in a process of its own, as written and under `python -O`, where asserts are gone."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,20 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs.server import entries
+from tests.bad_inputs.server import KERNEL_MODULES, MODULES, entries
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {"A": 18, "B": 20, "C": 10, "D": 9, "G": 12}
 IDS = {f"{group}{number:02}" for group, last in GROUPS.items() for number in range(1, last + 1)}
 IDS |= {f"E{number:02}" for number in (1, 2, 3, 4, 6, 7, 8, 9)} | {"H01", "H03", "H04"}
+IDS |= {f"F{number:02}" for number in (1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 15)}
+IN_KERNEL_TESTS = ("F08", "F09")  # sparse gigabytes, large grids
 
 
-@pytest.fixture(scope="module", params=[[], ["-O"]], ids=["python", "python-O"])
-def server(request):
+@contextlib.contextmanager
+def _serving(options, **variables):
     process = subprocess.Popen(
-        [sys.executable, *request.param, "-m", "tests.bad_inputs.server"],
+        [sys.executable, *options, "-m", "tests.bad_inputs.server"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -31,8 +34,19 @@ def server(request):
     assert process.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("name", entries())
-def test_bad_input(server, name):
+@pytest.fixture(scope="module", params=[[], ["-O"]], ids=["python", "python-O"])
+def server(request):
+    with _serving(request.param) as process:
+        yield process
+
+
+@pytest.fixture(scope="module", params=[[], ["-O"]], ids=["python", "python-O"])
+def kernel_server(request):
+    with _serving(request.param, TRITON_INTERPRET="1") as process:
+        yield process
+
+
+def _try(server, name):
     print(name, file=server.stdin, flush=True)
     answer = json.loads(server.stdout.readline())
     assert answer["name"] == name
@@ -40,5 +54,17 @@ def test_bad_input(server, name):
         pytest.fail(answer["problem"], pytrace=False)
 
 
+@pytest.mark.parametrize("name", entries(MODULES))
+def test_bad_input(server, name):
+    _try(server, name)
+
+
+@pytest.mark.parametrize("name", entries(KERNEL_MODULES))
+def test_bad_tensors(kernel_server, name):
+    _try(kernel_server, name)
+
+
 def test_every_entry_is_there():
-    assert sorted(IDS - {name[:3] for name in entries()}) == []
+    assert sorted(IDS - {name[:3] for name in entries((*MODULES, *KERNEL_MODULES))}) == []
+    kernel_tests = "".join(path.read_text() for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+    assert [entry for entry in IN_KERNEL_TESTS if f"def test_{entry}_" not in kernel_tests] == []
