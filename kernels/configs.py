@@ -68,7 +68,7 @@ PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
 # 90: an H100 (bench/results/h100); the others: its times for like tiles, not measured.
 _MMA_SYNC = (
     LinearTile(64, 16, 128, 4, 4, 3.0),
-    LinearTile(64, 32, 128, 4, 3, 3.3),
+    LinearTile(64, 32, 64, 4, 5, 3.3),
     LinearTile(64, 64, 64, 4, 4, 3.8),
     LinearTile(128, 128, 32, 8, 4, 7.5),
 )
@@ -150,11 +150,6 @@ MAX_PAGE = 128
 GENERATED_ATTENTION_PROGRAMS = 1024
 
 
-def page_size_fits(page_size: int) -> bool:
-    """Whether attention can take pages of this size as tiles."""
-    return MIN_PAGE <= page_size <= MAX_PAGE and page_size & (page_size - 1) == 0
-
-
 def prompt_attention_tile(table: int, dtype: torch.dtype, head_dim: int) -> AttentionTile:
     """Registers decide: an accumulator of the split and one of all splits before it are alive at once."""
     if dtype == torch.float32:
@@ -173,6 +168,15 @@ def generated_attention_tile(table: int, dtype: torch.dtype, head_dim: int) -> A
     return AttentionTile(16, 4, 2)
 
 
+def largest_page(table: int, dtype: torch.dtype, head_dim: int) -> int:
+    """Keys and values of a page lie in shared memory, once more for each further stage of loads that run ahead."""
+    tiles = prompt_attention_tile(table, dtype, head_dim), generated_attention_tile(table, dtype, head_dim)
+    copies = max(1, *(tile.num_stages - 1 for tile in tiles))
+    slot_bytes = copies * 2 * dtype.itemsize * (1 << (head_dim - 1).bit_length())
+    fits = int(0.8 * SHARED_BYTES[table]) // slot_bytes  # the rest is for queries and weights
+    return min(MAX_PAGE, 1 << (fits.bit_length() - 1))
+
+
 @dataclass(frozen=True)
 class Int4Tile:
     """One program of int4_linear: output features by tokens; a block of 128 input features is one step."""
@@ -183,22 +187,17 @@ class Int4Tile:
     num_stages: int
 
 
-# Programs of int4_linear unpack, so what they hold in registers decides.
-# On 90 all are wgmma. On 100 all are mma.sync, which tiles of 32 outputs or 16 warps select: a weight that was
-# unpacked in registers would have to go through memory to tcgen05, once for every group.
+# Programs of int4_linear unpack, so what they hold in registers decides. On 90 all tiles are wgmma. On 100 all are
+# mma.sync, which 32 outputs select: tcgen05 would take a weight unpacked in registers by way of its own memory.
+# None is measured.
+_INT4_MMA_SYNC = (
+    (16, Int4Tile(64, 16, 4, 6)),
+    (32, Int4Tile(64, 32, 4, 4)),
+    (None, Int4Tile(128, 64, 8, 4)),
+)
 _INT4_16_BIT: dict[int, tuple[tuple[int | None, Int4Tile], ...]] = {
-    80: (
-        (16, Int4Tile(64, 16, 4, 6)),
-        (32, Int4Tile(64, 32, 4, 5)),
-        (64, Int4Tile(64, 64, 4, 3)),
-        (None, Int4Tile(128, 64, 8, 4)),
-    ),
-    89: (
-        (16, Int4Tile(64, 16, 4, 6)),
-        (32, Int4Tile(64, 32, 4, 5)),
-        (64, Int4Tile(64, 64, 4, 3)),
-        (None, Int4Tile(128, 64, 8, 4)),
-    ),
+    80: _INT4_MMA_SYNC,
+    89: _INT4_MMA_SYNC,
     90: (
         (16, Int4Tile(64, 16, 4, 8)),
         (32, Int4Tile(64, 32, 4, 6)),
@@ -209,12 +208,12 @@ _INT4_16_BIT: dict[int, tuple[tuple[int | None, Int4Tile], ...]] = {
         (16, Int4Tile(32, 16, 4, 8)),
         (32, Int4Tile(32, 32, 4, 6)),
         (64, Int4Tile(32, 64, 8, 4)),
-        (None, Int4Tile(128, 64, 16, 4)),
+        (None, Int4Tile(32, 128, 8, 3)),
     ),
 }
-# Where smaller groups need more registers than the last tile has.
-_INT4_SMALL_GROUPS = {90: Int4Tile(128, 64, 8, 4), 100: Int4Tile(32, 128, 8, 3)}
-_INT4_FP32 = ((16, Int4Tile(64, 16, 4, 2)), (None, Int4Tile(64, 64, 4, 1)))
+# Groups of less than 128 need more registers than the last tile of 90 has.
+_INT4_SMALL_GROUPS_90 = Int4Tile(128, 64, 8, 4)
+_INT4_FP32 = ((16, Int4Tile(64, 16, 4, 2)), (None, Int4Tile(64, 32, 4, 2)))
 
 
 def int4_tiles(table: int, dtype: torch.dtype, group_size: int) -> tuple[tuple[int | None, Int4Tile], ...]:
@@ -222,9 +221,7 @@ def int4_tiles(table: int, dtype: torch.dtype, group_size: int) -> tuple[tuple[i
     if dtype == torch.float32:
         return _INT4_FP32
     tiles = _INT4_16_BIT[table]
-    if group_size == 128 or table not in _INT4_SMALL_GROUPS:
-        return tiles
-    return (*tiles[:-1], (None, _INT4_SMALL_GROUPS[table]))
+    return tiles if group_size == 128 or table != 90 else (*tiles[:-1], (None, _INT4_SMALL_GROUPS_90))
 
 
 def int4_tile(table: int, dtype: torch.dtype, group_size: int, num_rows: int) -> Int4Tile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,21 @@ class Int4Weight:
         values = self.values[rows].unflatten(1, (scales.shape[1], -1)).to(scales.dtype)
         zeros = 8 if self.zeros is None else self.zeros[rows, :, None].to(scales.dtype)
         return ((values - zeros) * scales[:, :, None]).flatten(1)
+
+
+def prepare_int4(parts: Sequence[Int4Weight]) -> Int4Weight:
+    """Make one weight of several of the same input (q, k, v; gate, up) and group size."""
+    zeros = bias = None
+    if any(part.zeros is not None for part in parts):
+        zeros = torch.cat(
+            [torch.full_like(part.scales, 8, dtype=torch.uint8) if part.zeros is None else part.zeros for part in parts]
+        )
+    if any(part.bias is not None for part in parts):
+        bias = torch.cat(
+            [part.scales.new_zeros(part.scales.shape[0]) if part.bias is None else part.bias for part in parts]
+        )
+    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+    return Int4Weight(values, scales, zeros, bias)
 
 
 def int4_linear(x: Tensor, weight: Int4Weight, generated: bool = False) -> Tensor:
