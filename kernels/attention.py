@@ -8,8 +8,8 @@ Shapes   q [num_tokens, num_heads, head_dim], pages [num_pages, num_kv_heads, pa
 Dtypes   fp16, bf16 or fp32 (q and pages alike); fp32 scores and sums, weights rounded to the dtype before they meet V.
 Source   FlashAttention-2, arXiv:2307.08691; split merge as in Flash-Decoding.
 
-Order    A tile of keys is a page. Within a split of `split_size` slots an online softmax starts fresh and takes tiles in
-         ascending order; splits' (max, sum, accumulator) are merged in ascending order by `_merge`. Prompt programs
+Order    A tile of keys is a page. Within a split of `split_size` slots an online softmax starts fresh and takes tiles
+         in ascending order; splits' (max, sum, accumulator) are merged in ascending order by `_merge`. Prompt programs
          merge in registers, generated tokens have a program a split and a second launch that merges. A tile or split
          that a row does not see changes no bit of it, so a row's result follows from its slot alone. All sums are MMAs,
          the weights' own too (against a column of ones): no sum follows how threads share a tile.
@@ -69,11 +69,11 @@ def _update(q, k, v, row_max, row_sum, acc, scale, visible, masked):
 
 @triton.jit
 def _merge(row_max, row_sum, acc, split_max, split_sum, split_acc, scale):
-    """Adds one split to those before it: row_max [rows], row_sum [rows, any], acc [rows, dim]."""
+    """Adds one split to those before it: row_max and row_sum [rows], acc [rows, dim]."""
     new_max = tl.maximum(row_max, split_max)
     keep = tl.exp2((row_max - new_max) * scale)
     add = tl.exp2((split_max - new_max) * scale)
-    row_sum = tl.fma(row_sum, tl.expand_dims(keep, -1), split_sum * tl.expand_dims(add, -1))
+    row_sum = tl.fma(row_sum, keep, split_sum * add)
     acc = tl.fma(acc, tl.expand_dims(keep, -1), split_acc * tl.expand_dims(add, -1))
     return new_max, row_sum, acc
 
@@ -82,7 +82,7 @@ def _merge(row_max, row_sum, acc, split_max, split_sum, split_acc, scale):
 def _normalised(row_sum, acc):
     """acc / sum; NaN for a whole row that saw a value that is not finite, as the reference gives."""
     broken = tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1, -1, keep_dims=True) != 0
-    return tl.where(broken, float("nan"), acc / tl.max(row_sum, -1, keep_dims=True))
+    return tl.where(broken, float("nan"), acc / tl.expand_dims(row_sum, -1))
 
 
 # A page table's width differs from batch to batch, which should compile nothing.
@@ -145,7 +145,7 @@ def _prompt_kernel(
     table_ptr = page_table_ptr + seq * page_table_stride
 
     row_max = tl.full((BLOCK_M,), _MASKED, tl.float32)
-    row_sum = tl.zeros((BLOCK_M, _SUM_COLUMNS), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, last_slot + 1, SPLIT):
         split_max = tl.full((BLOCK_M,), _MASKED, tl.float32)
@@ -161,7 +161,7 @@ def _prompt_kernel(
             split_max, split_sum, split_acc = _update(
                 q, k, v, split_max, split_sum, split_acc, scale, visible, slot + PAGE > whole
             )
-        row_max, row_sum, acc = _merge(row_max, row_sum, acc, split_max, split_sum, split_acc, scale)
+        row_max, row_sum, acc = _merge(row_max, row_sum, acc, split_max, tl.max(split_sum, 1), split_acc, scale)
 
     out = _normalised(row_sum, acc).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, out, in_sequence[:, None] & has_dim[None, :])
@@ -249,17 +249,25 @@ def _merge_kernel(
     dims = tl.arange(0, BLOCK_D)
     has_dim = dims < HEAD_DIM
     row_max = tl.full((1,), _MASKED, tl.float32)
-    row_sum = tl.zeros((1, 1), tl.float32)
+    row_sum = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
     one = tl.arange(0, 1)
     for unit in range(first, first + tl.load(slots_ptr + seq).to(tl.int32) // SPLIT + 1):
         place = unit * NUM_HEADS + head
         split_max = tl.load(stats_ptr + 2 * place + one)
-        split_sum = tl.load(stats_ptr + 2 * place + 1 + one[:, None])
+        split_sum = tl.load(stats_ptr + 2 * place + 1 + one)
         split_acc = tl.load(partial_ptr + place * HEAD_DIM + dims[None, :], has_dim[None, :], other=0.0)
         row_max, row_sum, acc = _merge(row_max, row_sum, acc, split_max, split_sum, split_acc, scale)
     out = _normalised(row_sum, acc).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (seq * NUM_HEADS + head) * HEAD_DIM + dims[None, :], out, has_dim[None, :])
+
+
+def page_size_problem(page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a page cannot be a tile of keys on a device; None if it can."""
+    least, most = configs.MIN_PAGE, configs.largest_page(configs.table_of(device), dtype, head_dim)
+    if least <= page_size <= most and page_size & (page_size - 1) == 0:
+        return None
+    return f"page_size={page_size} must be a power of two from {least} to {most} for head_dim={head_dim} in {dtype}"
 
 
 def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
@@ -405,12 +413,11 @@ def _check(q: Tensor, pages: LayerPages, batch: Batch) -> None:
             )
         if x.stride(3) != 1 or x.stride(2) != head_dim or x.stride() != pages.k.stride():
             refuse(op, f"pages.{name}: slots and dims must be contiguous; got stride {x.stride()}")
-    if not configs.page_size_fits(pages.page_size) or batch.split_size % pages.page_size or batch.split_size < 1:
-        refuse(
-            op,
-            f"page_size={pages.page_size} must be a power of two from {configs.MIN_PAGE} to {configs.MAX_PAGE} that "
-            f"divides split_size={batch.split_size}",
-        )
+    problem = page_size_problem(pages.page_size, head_dim, q.dtype, q.device)
+    if problem is not None:
+        refuse(op, problem)
+    if batch.split_size < 1 or batch.split_size % pages.page_size:
+        refuse(op, f"page_size={pages.page_size} must divide split_size={batch.split_size}")
     num_seqs = batch.seq_lens.numel()
     if batch.seq_lens.ndim != 1 or (num_tokens and not num_seqs):
         refuse(op, f"seq_lens must be [num_seqs], num_seqs > 0 where tokens are; got {tuple(batch.seq_lens.shape)}")

@@ -79,7 +79,7 @@ class Engine:
             )
         self.model = model
         self.ops = select_backend(backend, model.device, model.dtype)
-        self.ops.check_cache(model.config.head_dim, page_size)
+        self.ops.check_cache(model.config.head_dim, page_size, model.dtype, model.device)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
         self.cache = PagedKVCache(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.errors import RequestError
-from llama_fast.kernels import configs
+from llama_fast.kernels import int4_linear as int4_kernel
 from llama_fast.kernels import linear as linear_kernel
-from llama_fast.kernels.attention import MAX_HEAD_DIM, attention
+from llama_fast.kernels.attention import MAX_HEAD_DIM, attention, page_size_problem
 from llama_fast.kernels.log_probs import log_probs
 from llama_fast.kernels.rms_norm import rms_norm
 from llama_fast.kernels.rope_and_cache import rope_and_cache
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages
     from llama_fast.model.llama import RMSNorm
+    from llama_fast.ops.reference_int4 import Int4Weight
 
 __all__ = [
     "ROLES_SHARE_RUNS",
@@ -38,12 +39,14 @@ __all__ = [
     "check_cache",
     "copy_pages",
     "embed",
+    "int4_linear",
     "linear",
     "linear_residual",
     "log_probs",
     "norm_gate_up_act",
     "norm_lm_head",
     "norm_qkv_rope_cache",
+    "prepare_int4",
     "prepare_linear",
     "rms_norm",
     "rope_and_cache",
@@ -73,7 +76,7 @@ class LinearWeight:
     activation: str | Activation | None
 
 
-def check_cache(head_dim: int, page_size: int) -> None:
+def check_cache(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a cache that the attention kernel has no tile for.
 
     Raises:
@@ -81,11 +84,9 @@ def check_cache(head_dim: int, page_size: int) -> None:
     """
     if head_dim > MAX_HEAD_DIM:
         raise RequestError(f"head_dim={head_dim} is above the {MAX_HEAD_DIM} of backend='gpu'; use backend='reference'")
-    if not configs.page_size_fits(page_size):
-        raise RequestError(
-            f"page_size={page_size} must be a power of two from {configs.MIN_PAGE} to {configs.MAX_PAGE} with "
-            "backend='gpu'"
-        )
+    problem = page_size_problem(page_size, head_dim, dtype, device)
+    if problem is not None:
+        raise RequestError(f"{problem} with backend='gpu'")
 
 
 def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
@@ -129,6 +130,20 @@ def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
         generated: whether the rows are generated tokens (see Batch); both roles take one route here.
     """
     return linear_kernel.linear(x, weight.weight, weight.bias)
+
+
+def prepare_int4(parts: Sequence[Int4Weight]) -> int4_kernel.PlanarInt4:
+    """Make one packed weight of several of the same input (q, k, v; gate, up) and group size."""
+    return int4_kernel.pack_int4(*parts)
+
+
+def int4_linear(x: Tensor, weight: int4_kernel.PlanarInt4, generated: bool = False) -> Tensor:
+    """x times the dequantized weight's transpose, plus bias: [num_tokens, in_features] -> [num_tokens, out_features].
+
+    Args:
+        generated: whether the rows are generated tokens (see Batch); both roles take one route here.
+    """
+    return int4_kernel.int4_linear(x, weight)
 
 
 def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from llama_fast.ops.activations import ACTIVATIONS, Activation
 from llama_fast.ops.reference_attention import attention
-from llama_fast.ops.reference_int4 import Int4Weight as Int4Weight
-from llama_fast.ops.reference_int4 import int4_linear as int4_linear
+from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
 from llama_fast.ops.shared import copy_pages, embed
@@ -35,12 +34,14 @@ __all__ = [
     "check_cache",
     "copy_pages",
     "embed",
+    "int4_linear",
     "linear",
     "linear_residual",
     "log_probs",
     "norm_gate_up_act",
     "norm_lm_head",
     "norm_qkv_rope_cache",
+    "prepare_int4",
     "prepare_linear",
     "rms_norm",
     "rope_and_cache",
@@ -73,7 +74,7 @@ class LinearWeight:
     activation: str | Activation | None
 
 
-def check_cache(head_dim: int, page_size: int) -> None:
+def check_cache(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a cache that this backend cannot read; this one reads all."""
 
 

@@ -94,8 +94,8 @@ def _attend_rows(q: Tensor, slots: Tensor, splits: list[_Split]) -> Tensor:
         running_sum = running_sum * keep + weights.sum(-1, keepdim=True) * add
         accumulator = accumulator * keep + torch.bmm(weights, values) * add
         running_max = new_max
-    # Padded rows have seen nothing: 0 / 1, not 0 / 0.
-    out = accumulator / running_sum.masked_fill(running_sum == 0, 1)
+    # Padded rows have seen nothing: 0 / 1, not 0 / 0, which stays NaN for a row whose scores are all -inf.
+    out = accumulator / running_sum.masked_fill(last_visible < 0, 1)
     out = out.view(num_kv_heads, group, ROW_BLOCK, -1).permute(2, 0, 1, 3).reshape(ROW_BLOCK, num_heads, -1)
     return out[:rows, :, :head_dim].to(q.dtype)
 

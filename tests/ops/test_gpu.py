@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llama_fast.errors import KernelArgumentError, RequestError
+from llama_fast.kernels import configs
 from llama_fast.kernels.rms_norm import rms_norm
 from llama_fast.ops import gpu
 from tests.tiny import make_model
@@ -65,17 +66,21 @@ def test_a_model_is_prepared_once_and_again_after_a_change():
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "message"),
+    ("head_dim", "page_size", "dtype", "message"),
     [
-        (264, 64, "head_dim=264 is above the 256"),
-        (64, 8, "page_size=8 must be a power of two"),
-        (64, 48, "page_size=48"),
+        (264, 64, torch.float16, "head_dim=264 is above the 256"),
+        (64, 8, torch.float16, "page_size=8 must be a power of two from 16 to 128"),
+        (64, 48, torch.bfloat16, "page_size=48"),
+        (256, 128, torch.float32, "from 16 to 64 for head_dim=256 in torch.float32"),
     ],
 )
-def test_caches_without_a_tile_are_refused(head_dim, page_size, message):
+def test_caches_without_a_tile_are_refused(monkeypatch, head_dim, page_size, dtype, message):
+    monkeypatch.setattr(configs, "table_of", lambda device: 90)
+    device = torch.device("cuda")
     with pytest.raises(RequestError, match=message):
-        gpu.check_cache(head_dim, page_size)
-    gpu.check_cache(256, 128)
+        gpu.check_cache(head_dim, page_size, dtype, device)
+    gpu.check_cache(256, 64, torch.float32, device)
+    gpu.check_cache(128, 128, torch.bfloat16, device)
 
 
 def test_F03_a_cpu_tensor_is_refused():
