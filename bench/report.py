@@ -5,6 +5,8 @@
 
 A result file is the last line that a bench prints:
     python bench/bench_load.py | tail -n 1 > bench/results/amd-epyc-2-cores/load-llama-3.2-1b.json
+
+A kernel's number is marked as stale once its sources are no longer those that were measured.
 """
 
 import argparse
@@ -12,6 +14,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from sources import source_hash
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BEGIN, _END = "<!-- bench/report.py writes this -->", "<!-- until here -->"
@@ -22,7 +26,9 @@ def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["where"] = f"{path.parent.name}, {result['num_threads']} threads"
+        # A GPU's kernels do not care how many threads PyTorch has on the CPU.
+        threads = "" if result["bench"] == "kernels" else f", {result['num_threads']} threads"
+        result["where"] = path.parent.name + threads
         results.setdefault(result["bench"], []).append(result)
     return results
 
@@ -74,17 +80,49 @@ def generate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return [header, *rows]
 
 
+def kernel_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Each kernel on each shape, against bytes over bandwidth or FLOPs over the matmul rate."""
+    header = ["kernel", "shape", "rows", "bound", "measured", "share", "PyTorch's own", "where"]
+    rows = []
+    for result in results:
+        for r in result["rows"]:
+            if "us" not in r and "refused" not in r:
+                continue
+            measured_hash = result["sources"].get(r["kernel"])
+            stale = "" if measured_hash and measured_hash == source_hash(r["kernel"]) else " (stale)"
+            context = "" if r["context"] is None else f", context {r['context']:,}"
+            measured, share = (f"{r['us']['median']:.2f} us", f"{r['share']:.1%}") if "us" in r else ("refused", "")
+            torch_us = r.get("torch_us")
+            rows.append(
+                [
+                    r["kernel"],
+                    f"{r['model']}, {r['op']}{context}",
+                    f"{r['rows']:,}",
+                    f"{r['bound_us']:.2f} us",
+                    measured + stale,
+                    share,
+                    "" if torch_us is None else f"{torch_us:.2f} us",
+                    result["where"],
+                ]
+            )
+    return [header, *rows]
+
+
 def tables(folder: Path) -> str:
     """Markdown of all tables; what has no result file is not measured yet."""
     results = read_results(folder)
     parts = []
-    for bench, rows in (("load", load_rows), ("generate", generate_rows)):
-        if bench not in results:
+    for bench, rows in (("load", load_rows), ("generate", generate_rows), ("kernels", kernel_rows)):
+        header, *body = rows(results.get(bench, []))
+        if not body:
             parts.append(f"`bench_{bench}.py`: not measured yet.")
             continue
-        header, *body = rows(results[bench])
         lines = [header, ["---"] * len(header), *body]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        if bench == "kernels":
+            # Some hundred lines: folded.
+            table = f"<details><summary>Kernels: {len(body)} results</summary>\n\n{table}\n\n</details>"
+        parts.append(table)
     return "\n\n".join(parts)
 
 

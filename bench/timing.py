@@ -75,24 +75,38 @@ def linear_flops(dtype: torch.dtype, width: int = 1024, repeats: int = 5) -> flo
     return 2 * x.shape[0] * weight.numel() / best
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what a result was measured: device, threads, commit and versions."""
+def environment(gpu: str | None = None) -> dict[str, Any]:
+    """Where and with what a result was measured: device (the GPU where one was used), threads, commit and versions."""
     return {
-        "device": _cpu_name(),
+        "device": gpu or _cpu_name(),
         "num_threads": torch.get_num_threads(),
         "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "triton": _version("triton"),
             "safetensors": _version("safetensors"),
             "llama_fast": _version("llama-fast"),
         },
     }
 
 
+def json_line(result: dict[str, Any], gpu: str | None = None, commit: str | None = None) -> str:
+    """`result` and the environment as one JSON object; summaries become objects.
+
+    Args:
+        gpu: its name, where one was used.
+        commit: where it is known and the copy that runs is no checkout.
+    """
+    where = environment(gpu)
+    if commit is not None:
+        where["commit"] = commit
+    return json.dumps({**result, **where}, default=asdict)
+
+
 def print_json(result: dict[str, Any]) -> None:
-    """The bench's last line: `result` and the environment as one JSON object; summaries become objects."""
-    print(json.dumps({**result, **environment()}, default=asdict))
+    """The last line of a bench on the CPU."""
+    print(json_line(result))
 
 
 def _cpu_name() -> str:

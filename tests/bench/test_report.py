@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -17,14 +19,22 @@ def test_readme_says_what_the_results_say():
     assert _report(_ROOT, "--check").returncode == 0
 
 
-def test_a_changed_figure_and_a_missing_result_show(tmp_path):
-    (tmp_path / "bench" / "results" / "machine").mkdir(parents=True)
-    (tmp_path / "bench" / "report.py").write_text((_ROOT / "bench" / "report.py").read_text())
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench/report.py writes this -->\n<!-- until here -->\nafter\n")
-    assert _report(tmp_path, "--check").returncode == 1
-    assert _report(tmp_path).returncode == 0
-    assert readme.read_text().count("not measured yet") == 2
+@pytest.fixture
+def root(tmp_path):
+    """A checkout with the report, one kernel and an empty table."""
+    for folder in ("bench/results/machine", "kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("report.py", "sources.py"):
+        (tmp_path / "bench" / name).write_text((_ROOT / "bench" / name).read_text())
+    (tmp_path / "README.md").write_text("before\n<!-- bench/report.py writes this -->\n<!-- until here -->\nafter\n")
+    return tmp_path
+
+
+def test_a_changed_figure_and_a_missing_result_show(root):
+    readme = root / "README.md"
+    assert _report(root, "--check").returncode == 1
+    assert _report(root).returncode == 0
+    assert readme.read_text().count("not measured yet") == 3
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith("\nafter\n")
 
@@ -39,10 +49,80 @@ def test_a_changed_figure_and_a_missing_result_show(tmp_path):
         "share_of_bound": 0.25,
         "peak_anon_bytes": 3_000_000,
     }
-    (tmp_path / "bench" / "results" / "machine" / "load.json").write_text(json.dumps(result))
-    assert _report(tmp_path, "--check").returncode == 1
-    _report(tmp_path)
+    (root / "bench" / "results" / "machine" / "load.json").write_text(json.dumps(result))
+    assert _report(root, "--check").returncode == 1
+    _report(root)
     expected = "| tiny, bfloat16 | 2.0 MB | 1.00 ms | 4.00 ms | 25.0% | 3.0 MB | machine, 2 threads |"
     assert expected in readme.read_text()
     readme.write_text(readme.read_text().replace("25.0%", "99.0%"))
-    assert _report(tmp_path, "--check").returncode == 1
+    assert _report(root, "--check").returncode == 1
+
+
+def _kernel_row(**values):
+    row = {"kernel": "linear", "op": "qkv", "model": "8b", "rows": 1, "context": None, "bound_us": 16.8}
+    return {**row, "us": {"median": 21.0, "p10": 20.5, "p90": 21.5}, "share": 0.8, "torch_us": 24.25} | values
+
+
+def _kernels_say(root, name, sources, rows):
+    result = {"bench": "kernels", "num_threads": 2, "measured": True, "sources": sources, "rows": rows}
+    (root / "bench" / "results" / "machine" / f"{name}.json").write_text(json.dumps(result))
+    assert _report(root).returncode == 0
+    return (root / "README.md").read_text()
+
+
+def _hash(root, kernel):
+    code = f"import sources; print(sources.source_hash({kernel!r}))"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=root / "bench", capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_kernels_are_a_table_and_stale_ones_say_so(root):
+    source = root / "kernels" / "linear.py"
+    source.write_text("from llama_fast.kernels import configs\n")
+    (root / "kernels" / "configs.py").write_text("TILE = 64\n")
+    sources = {"linear": _hash(root, "linear"), "attention": "0" * 64}
+    rows = [
+        _kernel_row(),
+        _kernel_row(rows=4096, torch_us=None),
+        _kernel_row(kernel="attention", op="generated", context=32768),
+    ]
+    text = _kernels_say(root, "kernels", sources, rows)
+    assert "Kernels: 3 results" in text and text.count("not measured yet") == 2
+    assert "| linear | 8b, qkv | 1 | 16.80 us | 21.00 us | 80.0% | 24.25 us | machine |" in text
+    assert "| linear | 8b, qkv | 4,096 | 16.80 us | 21.00 us | 80.0% |  | machine |" in text
+    # attention.py is not there any more, or never was what was measured.
+    assert "| attention | 8b, generated, context 32,768 | 1 | 16.80 us | 21.00 us (stale) | 80.0% |" in text
+
+    # A number is as stale where only a module that the kernel imports has changed.
+    (root / "kernels" / "configs.py").write_text("TILE = 128\n")
+    assert _report(root, "--check").returncode == 1
+    assert _report(root).returncode == 0
+    assert (root / "README.md").read_text().count("(stale)") == 3
+
+
+def test_refused_kernels_show_and_bounds_alone_do_not(root):
+    refused = _kernel_row(refused="off by 3")
+    del refused["us"], refused["share"], refused["torch_us"]
+    text = _kernels_say(root, "kernels-1", {}, [refused])
+    assert "| linear | 8b, qkv | 1 | 16.80 us | refused (stale) |  |  | machine |" in text
+    bound = {name: value for name, value in refused.items() if name != "refused"}
+    text = _kernels_say(root, "kernels-1", {}, [bound])
+    assert text.count("not measured yet") == 3
+
+
+def test_what_a_hash_depends_on(root):
+    kernels = root / "kernels"
+    (kernels / "a.py").write_text("from llama_fast.kernels.b import x\nfrom llama_fast.kernels import c\n")
+    (kernels / "b.py").write_text("from llama_fast.kernels.arguments import refuse\nx = 1\n")
+    (kernels / "c.py").write_text("from llama_fast.kernels.a import y\n")
+    for name in ("arguments", "d"):
+        (kernels / f"{name}.py").write_text("")
+    first = _hash(root, "a")
+    assert len(first) == 64 and _hash(root, "missing") == "None"
+    for name, matters in (("a", True), ("b", True), ("c", True), ("d", False), ("arguments", False)):
+        path = kernels / f"{name}.py"
+        before = path.read_text()
+        path.write_text(before + "# changed\n")
+        assert (_hash(root, "a") != first) == matters, name
+        path.write_text(before)
+    assert _hash(root, "a") == first

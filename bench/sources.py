@@ -1,0 +1,35 @@
+"""What a kernel's measured number depends on: a hash of its sources, by which a stale number is known."""
+
+import ast
+import hashlib
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+# Checks of arguments: no kernel's speed depends on it.
+_IGNORED = {"arguments"}
+
+
+def source_hash(kernel: str, folder: Path = KERNELS) -> str | None:
+    """sha256 of kernels/<kernel>.py and of the files beside it that it imports (tile sizes too); None without it."""
+    if not (folder / f"{kernel}.py").exists():
+        return None
+    found: dict[str, str] = {}
+    _collect(kernel, folder, found)
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(f"{name}\0{found[name]}\0".encode())
+    return digest.hexdigest()
+
+
+def _collect(name: str, folder: Path, found: dict[str, str]) -> None:
+    path = folder / f"{name}.py"
+    if name in found or name in _IGNORED or not path.exists():
+        return
+    found[name] = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(found[name])):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            package, _, module = node.module.partition("llama_fast.kernels")
+            if not package and node.module.startswith("llama_fast.kernels"):
+                # `from llama_fast.kernels import configs` and `from llama_fast.kernels.silu_mul import activate`.
+                for imported in [module.lstrip(".")] if module else [alias.name for alias in node.names]:
+                    _collect(imported, folder, found)
