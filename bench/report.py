@@ -81,12 +81,16 @@ def generate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def kernel_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Each kernel on each shape, against bytes over bandwidth or FLOPs over the matmul rate."""
+    """Kernels on the shapes of the 8B model, against bytes over bandwidth or FLOPs over the matmul rate.
+
+    A selection: the files have more rows, contexts and the 1B model.
+    """
     header = ["kernel", "shape", "rows", "bound", "measured", "share", "PyTorch's own", "where"]
     rows = []
     for result in results:
         for r in result["rows"]:
-            if "us" not in r and "refused" not in r:
+            selected = r["model"] == "8b" and r["rows"] in (1, 64, 4096) and r["context"] in (None, 4096)
+            if ("us" not in r or not selected) and "refused" not in r:
                 continue
             measured_hash = result["sources"].get(r["kernel"])
             stale = "" if measured_hash and measured_hash == source_hash(r["kernel"]) else " (stale)"

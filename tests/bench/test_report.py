@@ -84,14 +84,18 @@ def test_kernels_are_a_table_and_stale_ones_say_so(root):
     rows = [
         _kernel_row(),
         _kernel_row(rows=4096, torch_us=None),
-        _kernel_row(kernel="attention", op="generated", context=32768),
+        _kernel_row(kernel="attention", op="generated", context=4096),
+        # Not of the selection that stands in README.
+        _kernel_row(model="1b"),
+        _kernel_row(rows=8),
+        _kernel_row(context=32768),
     ]
     text = _kernels_say(root, "kernels", sources, rows)
     assert "Kernels: 3 results" in text and text.count("not measured yet") == 2
     assert "| linear | 8b, qkv | 1 | 16.80 us | 21.00 us | 80.0% | 24.25 us | machine |" in text
     assert "| linear | 8b, qkv | 4,096 | 16.80 us | 21.00 us | 80.0% |  | machine |" in text
     # attention.py is not there any more, or never was what was measured.
-    assert "| attention | 8b, generated, context 32,768 | 1 | 16.80 us | 21.00 us (stale) | 80.0% |" in text
+    assert "| attention | 8b, generated, context 4,096 | 1 | 16.80 us | 21.00 us (stale) | 80.0% |" in text
 
     # A number is as stale where only a module that the kernel imports has changed.
     (root / "kernels" / "configs.py").write_text("TILE = 128\n")
