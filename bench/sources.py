@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
@@ -10,7 +11,7 @@ _IGNORED = {"arguments"}
 
 
 def source_hash(kernel: str, folder: Path = KERNELS) -> str | None:
-    """sha256 of kernels/<kernel>.py and of the files beside it that it imports (tile sizes too); None without it."""
+    """sha256 of kernels/<kernel>.py and of what it imports there (tile sizes too), comments aside; None without it."""
     if not (folder / f"{kernel}.py").exists():
         return None
     found: dict[str, str] = {}
@@ -25,8 +26,11 @@ def _collect(name: str, folder: Path, found: dict[str, str]) -> None:
     path = folder / f"{name}.py"
     if name in found or name in _IGNORED or not path.exists():
         return
-    found[name] = path.read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(found[name])):
+    source = path.read_text(encoding="utf-8")
+    # Comments cost no time. A "#" in a string ends its line too, which matters to nobody.
+    lines = re.sub(r"[ \t]*#.*", "", source).splitlines()
+    found[name] = "\n".join(line for line in lines if line)
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             package, _, module = node.module.partition("llama_fast.kernels")
             if not package and node.module.startswith("llama_fast.kernels"):

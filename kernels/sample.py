@@ -200,7 +200,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         CHUNK,
         **OPTIONS,
     )
-    threshold = thresholds(scores, chunk_best, *(given[name] for name in ("temperature", "top_k", "top_p")))
+    threshold = thresholds(scores, chunk_best, *(given[name] for name in ("temperature", "top_k", "top_p")))  # type: ignore[arg-type]
     draw = [given[name] for name in ("temperature", "min_p", "seeds", "sample_index", "position")]
     shape = (scores.stride(0), vocab_size, chunks, CHUNK, block_chunks)
     _draw_kernel[by_chunk](scores, chunk_best, threshold, *draw, chunk_drawn, *shape, **OPTIONS)

@@ -188,7 +188,7 @@ class Engine:
         self._draw(samples, logits[rows])
         return samples
 
-    def _run_graph(self, works: list[Work]) -> list[Tensor]:
+    def _run_graph(self, works: list[Work]) -> Sequence[Tensor]:
         """Each work's hidden states [tokens, hidden_size]; prompts are scored where asked."""
         if self.ops.ROLES_SHARE_RUNS:
             hidden_states = self._run_role(works, generated=False)

@@ -126,7 +126,9 @@ def test_what_a_hash_depends_on(root):
     for name, matters in (("a", True), ("b", True), ("c", True), ("d", False), ("arguments", False)):
         path = kernels / f"{name}.py"
         before = path.read_text()
-        path.write_text(before + "# changed\n")
+        path.write_text(before + "changed = 1\n")
         assert (_hash(root, "a") != first) == matters, name
+        path.write_text(before + "  # a comment\n")
+        assert _hash(root, "a") == first, name
         path.write_text(before)
     assert _hash(root, "a") == first
