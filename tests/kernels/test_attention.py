@@ -61,13 +61,15 @@ def cases(count):
     for index, (sequences, heads) in enumerate(TILES * 2):
         add(sequences, False, heads, (32, 64)[index % 2], SIZES[index % 3], DTYPES[1 + index % 2], 1)
     for index, head_dim in enumerate(DIMS * len(DTYPES)):
-        heads, sizes, dtype = HEADS[index % len(HEADS)], SIZES[index % len(SIZES)], DTYPES[index % len(DTYPES)]
+        heads, dtype = HEADS[index % len(HEADS)], DTYPES[index % len(DTYPES)]
+        # Splits of 32 in most, so that short sequences cross several.
+        sizes = SIZES[index % 2] if index % 5 < 3 else SIZES[index % len(SIZES)]
         add(PROMPTS[index % len(PROMPTS)], False, heads, head_dim, sizes, dtype, (1, 8)[index % 2])
         seen = lengths(*sizes)
         picked = [seen[(index + 3 * step) % len(seen)] for step in range(1 + index % 6)]
         add([(1, length - 1) for length in picked], True, heads, head_dim, sizes, dtype, (1, 8)[index % 2])
     while len(chosen) < count:
-        sizes, generated = choose.choice(SIZES[:6] if choose.random() < 0.8 else SIZES), choose.random() < 0.5
+        sizes, generated = choose.choice(SIZES[:2] if choose.random() < 0.7 else SIZES), choose.random() < 0.5
         seen = lengths(*sizes)
         if generated:
             sequences = [(1, choose.choice(seen) - 1) for _ in range(choose.randint(1, 9))]
@@ -86,6 +88,8 @@ def pytest_generate_tests(metafunc):
         assert len(found) == count == len(set(found))
         several = [s for s, _, _, _, (page, _), _, _ in found if len(s) > 1 and any(sum(x) > page for x in s)]
         assert len(several) >= 40
+        splits = [split for _, _, _, _, (_, split), _, _ in found]
+        assert splits.count(32) > count // 2 and splits.count(256) >= 8
         assert min(sum(case[1] for case in found), sum(not case[1] for case in found)) >= 50
         metafunc.parametrize("case", found, ids=str)
 
