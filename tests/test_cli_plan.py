@@ -89,7 +89,7 @@ def test_weights_that_leave_nothing(capsys, monkeypatch):
     ("args", "message"),
     [
         (["--device", "tpu"], "device='tpu' is not a device"),
-        (["--backend", "gpu"], "backend='gpu' is not part of this version"),
+        (["--backend", "gpu"], "backend='gpu' cannot run: the device is cpu"),
     ],
 )
 def test_refusals_are_one_line(capsys, args, message):

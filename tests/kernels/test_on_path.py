@@ -4,7 +4,6 @@ import types
 from collections import Counter
 
 import pytest
-from triton.language.semantic import TritonSemantic
 
 from llama_fast import LLM, SamplingParams, demo
 from llama_fast.ops import gpu, reference, reference_attention, reference_sample
@@ -62,12 +61,6 @@ def _assert_same_but_for_ties(outputs, expected):
             assert gap <= 2 * noise, f"step {step}: {token} instead of {other}, {gap} behind, noise {noise}"
             break  # other tokens from here on
     return compared
-
-
-@pytest.fixture(autouse=True)
-def _no_overflow_checks(monkeypatch):
-    """The interpreter looks for integer overflow at every operation, a quarter of its time; other tests let it."""
-    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *_: None)
 
 
 @pytest.mark.parametrize("model", ["demo", "stories260K-wide128"])

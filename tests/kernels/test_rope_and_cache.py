@@ -271,8 +271,11 @@ def test_bits_of_a_token_do_not_depend_on_its_company(device, dtype, rows):
 
 
 def _only(batch, token):
+    """The batch of one token of a batch with one sequence."""
     names = ("cos", "sin", "slots", "seq_ids")
-    return dataclasses.replace(batch, **{name: getattr(batch, name)[token : token + 1] for name in names})
+    starts = torch.arange(2, device=batch.slots.device)
+    own = {name: getattr(batch, name)[token : token + 1] for name in names}
+    return dataclasses.replace(batch, query_starts=starts, **own)
 
 
 def _by_token(q, k, v, batch, num_pages, function=rope_and_cache):
