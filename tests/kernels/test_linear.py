@@ -317,7 +317,7 @@ def test_control_a_split_that_depends_on_the_number_of_rows_is_noticed(device, d
         assert_rows_are_alone(by_company, x, configs.linear_tiles(configs.table_of(device), dtype, False))
 
 
-def test_the_tile_is_the_quickest_of_its_table_and_one_row_reads_a_weight_once():
+def test_the_tile_is_the_quickest_of_its_table():
     for table, processors in configs.PROCESSORS.items():
         for dtype, gated in ((dtype, gated) for dtype in DTYPES for gated in (False, True)):
             tiles = configs.linear_tiles(table, dtype, gated)
@@ -329,6 +329,11 @@ def test_the_tile_is_the_quickest_of_its_table_and_one_row_reads_a_weight_once()
                         for tile in tiles
                     ]
                     assert configs.linear_tile(table, dtype, gated, outs, rows) == tiles[times.index(min(times))]
+            # Few rows take the narrowest tile, many the widest: the model tells them apart.
+            assert configs.linear_tile(table, dtype, gated, 4096, 1) == min(tiles, key=lambda tile: tile.block_rows)
+            assert configs.linear_tile(table, dtype, gated, 65536, 65536) == max(
+                tiles, key=lambda tile: tile.block_rows
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,8 @@
 """What the GPU backend does without a kernel: weights made ready, caches refused. tests/kernels runs the rest."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,3 +88,25 @@ def test_caches_without_a_tile_are_refused(monkeypatch, head_dim, page_size, dty
 def test_F03_a_cpu_tensor_is_refused():
     with pytest.raises(KernelArgumentError, match="x is on cpu; the kernel takes a CUDA tensor; .*backend='reference'"):
         rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5)
+
+
+_BROKEN_BATCH = """
+from types import SimpleNamespace
+import torch
+from llama_fast.kernels.batch_checks import check_indices
+
+zero = torch.zeros(1, dtype=torch.int64)
+one = {"slots": zero, "seq_ids": zero, "seq_lens": zero + 1, "query_starts": torch.arange(2)}
+batch = SimpleNamespace(**one, page_table=zero[None] + 9)
+check_indices("attention", batch, SimpleNamespace(k=torch.zeros(2, 1, 16, 8), page_size=16))
+"""
+
+
+@pytest.mark.parametrize("variable", ["1", "0", None])
+def test_F10_compiled_kernels_look_at_indices_on_request(variable):
+    environment = {name: value for name, value in os.environ.items() if name != "LLAMA_FAST_CHECK"}
+    environment |= {} if variable is None else {"LLAMA_FAST_CHECK": variable}
+    run = subprocess.run([sys.executable, "-c", _BROKEN_BATCH], env=environment, capture_output=True, text=True)
+    asked = variable == "1"
+    assert (run.returncode != 0) == asked, run.stderr
+    assert ("attention: page_table must lie in 0 to 1; got 9 to 9" in run.stderr) == asked
