@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_fast.engine.memory import cache_size, check_sizes
 from llama_fast.engine.outputs import Logprob, PositionLogprobs
 from llama_fast.engine.request import Request, Sample
-from llama_fast.engine.sampling_batch import sampling_batch
+from llama_fast.engine.sampling_batch import SamplingTensors
 from llama_fast.engine.scheduler import Scheduler, Work
 from llama_fast.engine.scheduler import Sequence as SequenceInCache
 from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, RequestError, brief
@@ -96,6 +96,7 @@ class Engine:
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache.num_pages, self.cache.page_size, self.max_batch, self.prefill_chunk)
         self._samples: dict[SequenceInCache, Sample] = {}
+        self._sampling = SamplingTensors(self.model.config.vocab_size, self.model.device)
 
     def check(self, request: Request) -> None:
         """Refuse what could never run, before any work.
@@ -235,7 +236,7 @@ class Engine:
 
     def _draw(self, samples: list[Sample], logits: Tensor) -> None:
         """Sample one token a row of `logits` [len(samples), vocab_size] and hand it to its sample."""
-        token_ids = self.ops.sample(logits, sampling_batch(samples, self.model.config.vocab_size, self.model.device))
+        token_ids = self.ops.sample(logits, self._sampling.batch(samples))
         scored = [row for row, sample in enumerate(samples) if sample.logprobs is not None]
         logprobs: dict[int, PositionLogprobs] = {}
         if scored:

@@ -25,14 +25,16 @@ from llama_fast.model.checkpoint import match_tensors
 from llama_fast.model.checkpoint_files import SINGLE_FILE, CheckpointFiles
 from llama_fast.model.checkpoint_index import INDEX_FILE
 from llama_fast.model.llama import LlamaLM
-from llama_fast.model.loading import check_tokenizer
+from llama_fast.model.loading import check_tokenizer, pick_device
 from llama_fast.model.quantization import refuse_quantized
+from llama_fast.ops import describe_backend
 from llama_fast.tokenizer import LlamaTokenizer
 from llama_fast.tokenizer.chat_template import read_chat_templates
 from llama_fast.tokenizer.files import MAX_SIDE_BYTES
 
 CONFIG, TOKENIZER, SPECIAL_TOKENS = "config.json", "tokenizer_config.json", "special_tokens_map.json"
 DEFAULT = "default"
+MACHINE = "this machine"
 
 _ROPE_FIELDS = ("rope_theta", "rope_scaling")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,7 +68,7 @@ _TOKENIZER_FIELDS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One effective value. `origin` is the name of the file that gives it, or "default"."""
+    """One effective value. `origin` is the name of the file that gives it, "default" or "this machine"."""
 
     value: Any
     origin: str
@@ -74,7 +76,7 @@ class Entry:
 
 @dataclass
 class ModelInfo:
-    """Effective values by section (model, rope, generation, tokenizer, weights) and field.
+    """Effective values by section (model, rope, generation, tokenizer, weights, machine) and field.
 
     Attributes:
         missing: by section, why it is empty although nothing is wrong.
@@ -100,6 +102,12 @@ def model_info(folder: Path, *, weights: bool = True) -> ModelInfo:
     _add_generation(folder, content, config, info)
     _add_tokenizer(folder, config, info)
     _add_weights(folder, weights, config, info)
+    device = pick_device("auto")
+    info.sections["machine"] = {
+        "backend": Entry(describe_backend(device), MACHINE),
+        "device": Entry(str(device), MACHINE),
+        "threads": Entry(torch.get_num_threads(), MACHINE),
+    }
     return info
 
 

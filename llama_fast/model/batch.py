@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Batch:
         split_size: slots whose softmax is summed together.
         generated: whether the tokens are generated ones, one a sequence, rather than prompt. A backend may take another
             route for each role, but a token's route depends on nothing else.
+        kept: what the backend keeps from layer to layer.
     """
 
     ops: ModuleType
@@ -41,6 +43,7 @@ class Batch:
     sin: Tensor
     split_size: int
     generated: bool = False
+    kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def pages_of_slots(self, page_size: int) -> tuple[Tensor, Tensor]:
         """Each token's page and the offset in it: int64 [num_tokens] each."""
@@ -95,14 +98,15 @@ def pack(
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     positions = tensor(slots)
-    cos, sin = rotary(positions, tensor(rope_lens))
+    seq_lens = [chunk.start + len(chunk.token_ids) for chunk in chunks]
+    cos, sin = rotary(positions, tensor(rope_lens), max(seq_lens, default=0))
     return Batch(
         ops=ops,
         token_ids=tensor(token_ids),
         slots=positions,
         seq_ids=tensor(seq_ids),
         query_starts=tensor(query_starts),
-        seq_lens=tensor([chunk.start + len(chunk.token_ids) for chunk in chunks]),
+        seq_lens=tensor(seq_lens),
         page_table=tensor(page_table).view(len(chunks), width),
         cos=cos,
         sin=sin,

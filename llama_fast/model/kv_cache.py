@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ SPLIT_SIZE = 256
 class LayerPages:
     """One layer's view of the pool; `k` and `v` are [num_pages, num_kv_heads, page_size, head_dim].
 
-    Under autograd the reference backend rebinds `k` and `v` to new tensors instead of writing in place.
+    Under autograd the reference backend rebinds `k` and `v` to new tensors instead of writing in place. `kept` is what
+    a backend keeps about them from run to run.
     """
 
     k: Tensor
     v: Tensor
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def page_size(self) -> int:
@@ -67,6 +70,8 @@ class PagedKVCache:
         self.page_size = page_size
         self.split_size = split_size
         self.num_pages = num_pages
+        # Views of the pool, made once: a decoding step of a small model would notice the slicing.
+        self._layers: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
         # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
         # Never in inference mode: the pool outlives the call that makes it.
         shape = (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim)
@@ -88,7 +93,9 @@ class PagedKVCache:
 
     def layer(self, index: int) -> LayerPages:
         """The view that one layer reads and writes."""
-        return LayerPages(self.pool[index, 0], self.pool[index, 1])
+        if not self._layers:
+            self._layers = [(layer[0], layer[1], {}) for layer in self.pool]
+        return LayerPages(*self._layers[index])
 
     def copy_pages(self, ops: ModuleType, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy pages in every layer (a fork's partial last page)."""

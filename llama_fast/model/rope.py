@@ -44,6 +44,9 @@ from llama_fast.config_rope import longrope_attention_factor
 from llama_fast.errors import KernelArgumentError
 from llama_fast.ops.rows import SERIAL_ELEMENTS, elementwise
 
+# Positions whose cos and sin are kept where they are asked for: 16 MB at most with a rotary_dim of 64.
+TABLE_ROWS = 32768
+
 
 class RotaryEmbedding:
     """cos and sin of packed tokens.
@@ -88,6 +91,7 @@ class RotaryEmbedding:
             tables.append(inv_freq)
         # exponents, then one inv_freq (longrope: short, long), each [rotary_dim / 2], per device they were needed on.
         self._tables: dict[torch.device, list[Tensor]] = {exponents.device: tables}
+        self._cos_sin: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def state(self, rope_len: int) -> Hashable:
         """Everything besides its position that the rotation of a token depends on; part of a prefix's key."""
@@ -119,12 +123,14 @@ class RotaryEmbedding:
             return torch.where((rope_lens > self._max_len)[:, None], grown, inv_freq)
         return inv_freq
 
-    def __call__(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor, rope_lens: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor]:
         """Rotation of each token; its bits depend on its own position and length alone.
 
         Args:
             positions: int64 [num_tokens], on any device.
             rope_lens: int64 [num_tokens]; see the module's text. Read by dynamic and longrope only.
+            longest: every position is in [0, longest): rows of a table then serve, which saves a decoding step cos and
+                sin; None where that is not known. The bits are the same.
 
         Returns:
             cos and sin, both fp32 [num_tokens, rotary_dim] with the angles twice (rotate-half layout), times
@@ -138,6 +144,19 @@ class RotaryEmbedding:
                 f"positions and rope_lens must both be [num_tokens]; got {tuple(positions.shape)} and "
                 f"{tuple(rope_lens.shape)}"
             )
+        if longest is not None and longest <= TABLE_ROWS and self.rope_type not in ("dynamic", "longrope"):
+            return self._from_table(positions, longest)
+        return self._computed(positions, rope_lens)
+
+    def _from_table(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        table = self._cos_sin.get(positions.device)
+        if table is None or table[0].shape[0] < longest:
+            # Doubled: a growing sequence makes it anew a few times.
+            every = torch.arange(max(1024, 1 << (longest - 1).bit_length()), device=positions.device)
+            table = self._cos_sin[positions.device] = self._computed(every, every)
+        return table[0][positions], table[1][positions]
+
+    def _computed(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[:, None].to(torch.float32) * self.inv_freq(rope_lens)
         cos = elementwise(torch.cos, angles) * self.attention_scaling
         sin = elementwise(torch.sin, angles) * self.attention_scaling

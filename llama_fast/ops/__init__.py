@@ -13,8 +13,9 @@ from types import ModuleType
 
 import torch
 
-from llama_fast.errors import BackendError, UnsupportedError
+from llama_fast.errors import BackendError
 from llama_fast.ops import reference
+from llama_fast.ops.native import native
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,14 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype | None = 
 
     Raises:
         BackendError: the name is unknown, or the backend cannot run here.
-        UnsupportedError: the backend is not part of this version.
     """
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if name == "cpu":
-        raise UnsupportedError("backend='cpu' is not part of this version; use 'auto' or 'reference'")
     if name == "reference":
         return reference
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "cpu" or (name == "auto" and device.type == "cpu" and not interpreted):
+        return _cpu(name, device, dtype)
     runs_here = device.type == ("cpu" if interpreted else "cuda")
     if not runs_here:
         runs_on = "the CPU, since TRITON_INTERPRET=1 is set" if interpreted else "an NVIDIA GPU"
@@ -53,6 +53,35 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype | None = 
         raise BackendError(f"backend='gpu' cannot run: {problem}; use backend='reference'")
     if runs_here:
         _warn_once(f"kernels are not used, everything runs on the slow reference backend: {problem}")
+    return reference
+
+
+def describe_backend(device: torch.device) -> str:
+    """What backend="auto" runs on `device`, in words: "cpu: native kernels, avx2"."""
+    served = select_backend("auto", device).__name__.rpartition(".")[2]
+    module, isa_or_reason = native()
+    if served == "cpu":
+        return f"cpu: native kernels, {isa_or_reason}"
+    if served == "gpu":
+        return "gpu: Triton kernels"
+    return "reference: plain PyTorch" + (f"; {isa_or_reason}" if device.type == "cpu" and module is None else "")
+
+
+def _cpu(name: str, device: torch.device, dtype: torch.dtype | None) -> ModuleType:
+    """The native kernels; under "auto" the reference where they cannot serve, with one warning if that is a pity."""
+    module, reason = native()
+    if device.type != "cpu":
+        problem = f"the device is {device} and the native kernels run on the CPU"
+    elif dtype == torch.float64:
+        problem = "the kernels compute in float16, bfloat16 or float32 and the model is float64"
+    elif module is None:
+        problem = reason
+    else:
+        return importlib.import_module("llama_fast.ops.cpu")
+    if name == "cpu":
+        raise BackendError(f"backend='cpu' cannot run: {problem}; use backend='reference'")
+    if module is None:
+        _warn_once(f"native kernels are not used, everything runs on the slow reference backend: {problem}")
     return reference
 
 

@@ -72,7 +72,7 @@ def process_logits(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     Raises:
         KernelArgumentError: shapes that do not fit each other, or a vocabulary above MAX_VOCAB_SIZE.
     """
-    _check(logits, batch)
+    check_sampling(logits, batch)
     logits = logits.float()
     seen = batch.prompt_mask
     if batch.output_counts is not None:
@@ -211,7 +211,7 @@ def log_probs(
     Raises:
         KernelArgumentError: `logits` is not 2-D, or its vocabulary is above MAX_VOCAB_SIZE.
     """
-    _check_logits(logits)
+    check_logits(logits)
     num_rows, vocab_size = logits.shape
     num_top = min(num_top, vocab_size)
     logits = logits.float()
@@ -244,7 +244,8 @@ def _keep(mask: torch.Tensor, token_ids: torch.Tensor, x: torch.Tensor) -> tuple
     return token_ids[mask], x[mask]
 
 
-def _check_logits(logits: torch.Tensor) -> None:
+def check_logits(logits: torch.Tensor) -> None:
+    """Refuse logits that are not [rows, vocab_size] with a vocabulary that fixed-point mass serves."""
     if logits.ndim != 2 or not logits.is_floating_point() or not 0 < logits.shape[1] <= MAX_VOCAB_SIZE:
         raise KernelArgumentError(
             f"sampling: logits must be floating point [rows, vocab_size] with 1 to {MAX_VOCAB_SIZE} tokens; "
@@ -252,8 +253,9 @@ def _check_logits(logits: torch.Tensor) -> None:
         )
 
 
-def _check(logits: torch.Tensor, batch: SamplingBatch) -> None:
-    _check_logits(logits)
+def check_sampling(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """Refuse a batch whose fields do not fit `logits`."""
+    check_logits(logits)
     for name, tensor in vars(batch).items():
         if tensor is None:
             continue

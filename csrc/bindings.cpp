@@ -1,0 +1,168 @@
+// llama_fast._C: the native CPU kernels. Addresses and sizes come as integers, so that no header of torch, and none of
+// its binary interfaces, is needed; llama_fast/ops/cpu.py checks tensors and knows what an address must hold.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/calls.h"
+#include "cpu/dispatch.h"
+#include "cpu/thread_pool.h"
+
+namespace py = pybind11;
+using namespace llama_fast;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using without_gil = py::call_guard<py::gil_scoped_release>;
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Native CPU kernels of llama_fast; use them through llama_fast.ops.cpu.";
+
+    module.def("instruction_sets", &instruction_sets, "Names of the instruction sets that run here, best first.");
+    module.def("selected", [] { return std::string(kernels().name); }, "The instruction set in use.");
+    module.def("select", &select_kernels, py::arg("name"), "Use another instruction set; ValueError if it cannot run.");
+
+    py::class_<LinearWeight>(module, "LinearWeight", "Projections of one input, where they lie in memory.")
+        .def(py::init(
+                 [](int dtype, int64_t in_features, const std::vector<std::tuple<Address, Address, int64_t>>& parts) {
+                     LinearWeight weight{static_cast<DType>(dtype), in_features, {}};
+                     for (const auto& [matrix, bias, out_features] : parts) {
+                         weight.parts.push_back({at<void>(matrix), at<void>(bias), out_features});
+                     }
+                     return weight;
+                 }),
+             py::arg("dtype"), py::arg("in_features"), py::arg("parts"));
+
+    py::class_<Pages>(module, "Pages", "One layer's K and V in the paged cache.")
+        .def(py::init([](Address k, Address v, int64_t page_stride, int64_t head_stride, int64_t num_pages,
+                         int64_t num_kv_heads, int64_t page_size, int64_t head_dim) {
+                 return Pages{at<void>(k), at<void>(v),  page_stride, head_stride,
+                              num_pages,   num_kv_heads, page_size,   head_dim};
+             }),
+             py::arg("k"), py::arg("v"), py::arg("page_stride"), py::arg("head_stride"), py::arg("num_pages"),
+             py::arg("num_kv_heads"), py::arg("page_size"), py::arg("head_dim"));
+
+    py::class_<Places>(module, "Places", "Where the tokens of a run stand.")
+        .def(py::init([](int64_t num_tokens, int64_t num_seqs, int64_t max_pages, Address slots, Address seq_ids,
+                         Address query_starts, Address seq_lens, Address page_table) {
+                 return Places{num_tokens,
+                               num_seqs,
+                               max_pages,
+                               at<const int64_t>(slots),
+                               at<const int64_t>(seq_ids),
+                               at<const int64_t>(query_starts),
+                               at<const int64_t>(seq_lens),
+                               at<const int64_t>(page_table)};
+             }),
+             py::arg("num_tokens"), py::arg("num_seqs"), py::arg("max_pages"), py::arg("slots"), py::arg("seq_ids"),
+             py::arg("query_starts"), py::arg("seq_lens"), py::arg("page_table"))
+        .def("problem", &Places::problem, py::arg("num_pages"), py::arg("page_size"));
+
+    module.def(
+        "linear",
+        [](const LinearWeight& weight, Address x, int64_t x_stride, int64_t num_rows, Address norm, float eps,
+           int epilogue, int activation, Address residual, Address out, int num_threads) {
+            kernels().linear({&weight,
+                              at<void>(x),
+                              x_stride,
+                              num_rows,
+                              {at<void>(norm), eps},
+                              static_cast<Epilogue>(epilogue),
+                              static_cast<Activation>(activation),
+                              at<void>(residual),
+                              at<void>(out),
+                              num_threads});
+        },
+        without_gil());
+    module.def(
+        "rms_norm",
+        [](int dtype, Address x, int64_t x_stride, int64_t num_rows, int64_t width, Address weight, float eps,
+           Address out, int num_threads) {
+            kernels().rms_norm({static_cast<DType>(dtype),
+                                at<void>(x),
+                                x_stride,
+                                num_rows,
+                                width,
+                                {at<void>(weight), eps},
+                                at<void>(out),
+                                num_threads});
+        },
+        without_gil());
+    module.def(
+        "rope_and_cache",
+        [](int dtype, Address q, int64_t q_stride, Address k, int64_t k_stride, Address v, int64_t v_stride,
+           int64_t num_heads, Address cos, Address sin, int64_t rotary_dim, const Places& places, const Pages& pages,
+           Address q_out, int num_threads) {
+            kernels().rope_and_cache({static_cast<DType>(dtype), at<void>(q), at<void>(k), at<void>(v), q_stride,
+                                      k_stride, v_stride, num_heads, at<float>(cos), at<float>(sin), rotary_dim, places,
+                                      pages, at<void>(q_out), num_threads});
+        },
+        without_gil());
+    module.def(
+        "norm_qkv_rope_cache",
+        [](const LinearWeight& weight, Address x, int64_t x_stride, Address norm, float eps, int64_t num_heads,
+           Address cos, Address sin, int64_t rotary_dim, const Places& places, const Pages& pages, Address q_out,
+           int num_threads) {
+            // Between the two kernels only: the calling thread's, kept from layer to layer.
+            thread_local std::vector<char> memory;
+            const int64_t row = weight.out_features(), item = weight.dtype == DType::float32 ? 4 : 2;
+            memory.resize(places.num_tokens * row * item);
+            char* q = memory.data();
+            char* k = q + num_heads * pages.head_dim * item;
+            char* v = k + pages.num_kv_heads * pages.head_dim * item;
+            LinearCall linear{&weight, at<void>(x), x_stride, places.num_tokens, {at<void>(norm), eps}};
+            linear.out = q;
+            linear.num_threads = num_threads;
+            kernels().linear(linear);
+            kernels().rope_and_cache({weight.dtype, q, k, v, row, row, row, num_heads, at<float>(cos), at<float>(sin),
+                                      rotary_dim, places, pages, at<void>(q_out), num_threads});
+        },
+        without_gil());
+    module.def(
+        "attention",
+        [](int dtype, Address q, int64_t q_stride, int64_t num_heads, int64_t split_size, const Places& places,
+           const Pages& pages, Address out, int num_threads) {
+            kernels().attention({static_cast<DType>(dtype), at<void>(q), q_stride, num_heads, split_size, places, pages,
+                                 at<void>(out), num_threads});
+        },
+        without_gil());
+    module.def(
+        "silu_mul",
+        [](int dtype, int activation, Address gate_up, int64_t gate_up_stride, int64_t num_rows, int64_t width,
+           Address out, int num_threads) {
+            kernels().silu_mul({static_cast<DType>(dtype), static_cast<Activation>(activation), at<void>(gate_up),
+                                gate_up_stride, num_rows, width, at<void>(out), num_threads});
+        },
+        without_gil());
+    module.def(
+        "sample",
+        [](Address logits, int64_t logits_stride, int64_t num_rows, int64_t vocab_size, Address temperature,
+           Address top_p, Address min_p, Address repetition_penalty, Address frequency_penalty,
+           Address presence_penalty, Address top_k, Address sample_index, Address seeds, Address position,
+           Address prompt_mask, Address output_counts, Address bias, Address tokens, int num_threads) {
+            kernels().sample({at<float>(logits), logits_stride, num_rows, vocab_size, at<float>(temperature),
+                              at<float>(top_p), at<float>(min_p), at<float>(repetition_penalty),
+                              at<float>(frequency_penalty), at<float>(presence_penalty), at<int32_t>(top_k),
+                              at<int32_t>(sample_index), at<int64_t>(seeds), at<int64_t>(position),
+                              at<bool>(prompt_mask), at<int32_t>(output_counts), at<float>(bias), at<int64_t>(tokens),
+                              num_threads});
+        },
+        without_gil());
+    module.def(
+        "log_probs",
+        [](Address logits, int64_t logits_stride, int64_t num_rows, int64_t vocab_size, int64_t num_top,
+           Address token_ids, Address chosen, Address ranks, Address top_values, Address top_ids, int num_threads) {
+            kernels().log_probs({at<float>(logits), logits_stride, num_rows, vocab_size, num_top,
+                                 at<int64_t>(token_ids), at<float>(chosen), at<int64_t>(ranks), at<float>(top_values),
+                                 at<int64_t>(top_ids), num_threads});
+        },
+        without_gil());
+}

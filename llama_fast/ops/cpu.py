@@ -1,0 +1,492 @@
+"""The CPU backend: native kernels (csrc/cpu) on the checkpoint's weights where they lie.
+
+One kernel serves prompt and generated tokens and sums every output in one order, so a token's bits depend on nothing
+beside its sequence. torch.set_num_threads says how many threads run; their number changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.errors import BackendError, KernelArgumentError
+from llama_fast.ops.activations import ACTIVATIONS, Activation
+from llama_fast.ops.cpu_arguments import (
+    DTYPES,
+    check,
+    contiguous,
+    heads,
+    norm_weight_of,
+    pages_of,
+    places_of,
+    rotation,
+    rows,
+)
+from llama_fast.ops.native import native
+from llama_fast.ops.reference import LinearPart
+from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
+from llama_fast.ops.reference_sample import SamplingBatch, check_logits, check_sampling
+from llama_fast.ops.shared import copy_pages, embed
+
+if TYPE_CHECKING:
+    from llama_fast.model.batch import Batch
+    from llama_fast.model.kv_cache import LayerPages
+    from llama_fast.model.llama import RMSNorm
+
+__all__ = [
+    "ROLES_SHARE_RUNS",
+    "attention",
+    "check_cache",
+    "copy_pages",
+    "embed",
+    "int4_linear",
+    "linear",
+    "linear_residual",
+    "log_probs",
+    "norm_gate_up_act",
+    "norm_lm_head",
+    "norm_qkv_rope_cache",
+    "prepare_int4",
+    "prepare_linear",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "silu_mul",
+]
+
+# A generated token has the bits that it would have as a prompt token (tests/ops/test_cpu_one_answer.py).
+ROLES_SHARE_RUNS = True
+
+_C, _reason = native()
+if _C is None:
+    raise BackendError(f"backend='cpu' cannot run: {_reason}; use backend='reference'")
+
+# In the order of csrc/cpu/calls.h.
+_ACTIVATIONS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "gelu_fast": 2,
+    "laplace": 3,
+    "leaky_relu": 4,
+    "linear": 5,
+    "mish": 6,
+    "quick_gelu": 7,
+    "relu": 8,
+    "relu2": 9,
+    "relu6": 10,
+    "sigmoid": 11,
+    "tanh": 12,
+}
+# A configuration may hold the function itself instead of its name.
+_NAMES = {function: name for name, function in ACTIVATIONS.items()}
+_STORE, _ADD_RESIDUAL, _GATE_UP, _STORE_FLOAT = range(4)
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """Several projections of one input, used where they lie.
+
+    Attributes:
+        parts: the checkpoint's parameters.
+        native: their addresses, for the kernels.
+        tensors: what the addresses point at; kept alive here.
+        activation: of gate and up.
+    """
+
+    parts: tuple[LinearPart, ...]
+    native: Any
+    tensors: tuple[Tensor, ...]
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    activation: str | Activation | None
+
+    def __reduce__(self) -> tuple:
+        # A copy's parameters lie elsewhere: it holds no address, and `LlamaLM.prepare` makes its weights anew.
+        return LinearWeight, (self.parts, None, (), self.in_features, self.out_features, self.dtype, self.activation)
+
+
+def check_cache(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a cache that this backend cannot read; this one reads all."""
+
+
+def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
+    """Take several projections of the same input (q, k, v; gate, up) as one; nothing is copied.
+
+    Args:
+        parts: modules with `weight` [out_features, in_features] and `bias` [out_features] or None.
+        activation: for gate and up: a name of `ACTIVATIONS` or an elementwise function.
+
+    Raises:
+        KernelArgumentError: a parameter has a dtype or device that the kernels do not serve, or shapes do not fit.
+    """
+    # Only a weight that is a transposed view or the like is copied.
+    weights = [part.weight.detach().contiguous() for part in parts]
+    biases = [None if part.bias is None else part.bias.detach().contiguous() for part in parts]
+    first = weights[0]
+    for weight, bias in zip(weights, biases, strict=True):
+        check("prepare_linear", "weight", weight, first.dtype, 2)
+        if weight.shape[1] != first.shape[1]:
+            raise KernelArgumentError(
+                f"prepare_linear: parts take one input; got weights {[tuple(w.shape) for w in weights]}"
+            )
+        if bias is not None:
+            check("prepare_linear", "bias", bias, first.dtype, 1)
+            if bias.shape[0] != weight.shape[0]:
+                raise KernelArgumentError(
+                    f"prepare_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}"
+                )
+    addresses = [
+        (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.shape[0])
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return LinearWeight(
+        parts=tuple(LinearPart(part.weight, part.bias) for part in parts),
+        native=_C.LinearWeight(DTYPES[first.dtype], first.shape[1], addresses),
+        tensors=(*weights, *(bias for bias in biases if bias is not None)),
+        in_features=first.shape[1],
+        out_features=sum(weight.shape[0] for weight in weights),
+        dtype=first.dtype,
+        activation=activation if isinstance(activation, str | None) else _NAMES.get(activation, activation),
+    )
+
+
+def _linear(
+    op: str,
+    x: Tensor,
+    weight: LinearWeight,
+    *,
+    norm: RMSNorm | None = None,
+    epilogue: int = _STORE,
+    activation: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    dtype = weight.dtype
+    x = rows(op, "x", x, dtype, weight.in_features)
+    norm_weight = None if norm is None else norm_weight_of(op, norm.weight, dtype, weight.in_features)
+    num_tokens, out_features = x.shape[0], weight.out_features
+    if epilogue == _GATE_UP:
+        out_features //= 2
+    if residual is not None:
+        residual = rows(op, "residual", residual, dtype, out_features).contiguous()
+        if residual.shape[0] != num_tokens:
+            raise KernelArgumentError(f"{op}: residual {tuple(residual.shape)} does not fit {num_tokens} tokens of x")
+    out = torch.empty(num_tokens, out_features, dtype=torch.float32 if epilogue == _STORE_FLOAT else dtype)
+    _C.linear(
+        weight.native,
+        x.data_ptr(),
+        x.stride(0),
+        num_tokens,
+        0 if norm_weight is None else norm_weight.data_ptr(),
+        0.0 if norm is None else norm.eps,
+        epilogue,
+        activation,
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+# --- primitives ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight: Hugging Face's order.
+
+    Args:
+        x: [num_tokens, hidden_size]; rows may be strided.
+        weight: [hidden_size].
+
+    Returns:
+        [num_tokens, hidden_size] in x's dtype.
+
+    Raises:
+        KernelArgumentError: dtype, shape or device that the kernel does not serve.
+
+    Source: arXiv:1910.07467.
+    """
+    check("rms_norm", "x", x, x.dtype, 2)
+    num_tokens, width = x.shape
+    x = rows("rms_norm", "x", x, x.dtype, width)
+    weight = norm_weight_of("rms_norm", weight, x.dtype, width)
+    out = torch.empty(num_tokens, width, dtype=x.dtype)
+    threads = torch.get_num_threads()
+    args = (x.data_ptr(), x.stride(0), num_tokens, width, weight.data_ptr(), eps, out.data_ptr(), threads)
+    _C.rms_norm(DTYPES[x.dtype], *args)
+    return out
+
+
+def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
+    """x [num_tokens, in_features] times all parts of `weight` -> [num_tokens, sum of out_features], in x's dtype.
+
+    Args:
+        x: rows may be strided.
+        generated: whether the rows are generated tokens (see Batch); both roles take one route here.
+
+    Raises:
+        KernelArgumentError: dtype, shape or device that the kernel does not serve.
+    """
+    return _linear("linear", x, weight)
+
+
+def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:
+    """activation(gate) * up in fp32, rounded once.
+
+    Args:
+        gate_up: [num_tokens, 2 * intermediate_size], gate first; rows may be strided.
+        activation: a name of `ACTIVATIONS` or an elementwise function, which PyTorch runs.
+
+    Returns:
+        [num_tokens, intermediate_size] in gate_up's dtype.
+
+    Raises:
+        KernelArgumentError: dtype, shape or device that the kernel does not serve.
+
+    Source: SwiGLU, arXiv:2002.05202.
+    """
+    check("silu_mul", "gate_up", gate_up, gate_up.dtype, 2)
+    if gate_up.shape[1] % 2:
+        raise KernelArgumentError(f"silu_mul: gate_up must have an even width; got {tuple(gate_up.shape)}")
+    if not isinstance(activation, str):
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (activation(gate) * up).to(gate_up.dtype)
+    if activation not in _ACTIVATIONS:
+        raise KernelArgumentError(f"silu_mul: activation={activation!r}; accepted: {', '.join(sorted(_ACTIVATIONS))}")
+    gate_up = rows("silu_mul", "gate_up", gate_up, gate_up.dtype, gate_up.shape[1])
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(num_tokens, width, dtype=gate_up.dtype)
+    args = (gate_up.data_ptr(), gate_up.stride(0), num_tokens, width, out.data_ptr(), torch.get_num_threads())
+    _C.silu_mul(DTYPES[gate_up.dtype], _ACTIVATIONS[activation], *args)
+    return out
+
+
+def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPages) -> Tensor:
+    """Rotate q and k by the batch's cos/sin in fp32; write k and v into their pages.
+
+    A head of v that is not finite is written as zeros, and NaN as its k: then exactly the rows that see the slot become
+    NaN, as in the reference.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim]; rows may be strided, as may k's and v's.
+        k, v: [num_tokens, num_kv_heads, head_dim].
+        pages: this layer's cache; tokens go to `batch.slots` of their sequence.
+
+    Returns:
+        The rotated q.
+
+    Raises:
+        KernelArgumentError: dtypes, shapes or devices that the kernel does not serve, or a place outside the cache.
+
+    Source: RoFormer, arXiv:2104.09864, in the half-split layout of Hugging Face's Llama.
+    """
+    op, dtype = "rope_and_cache", q.dtype
+    num_tokens, (num_kv_heads, head_dim) = batch.slots.shape[0], pages.k.shape[1::2]
+    q, k, v = (heads(op, name, t, dtype, num_tokens, head_dim) for name, t in (("q", q), ("k", k), ("v", v)))
+    if k.shape[1] != num_kv_heads or v.shape[1] != num_kv_heads:
+        raise KernelArgumentError(
+            f"{op}: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a cache of {num_kv_heads} heads"
+        )
+    cos, sin = rotation(op, batch, num_tokens, head_dim)
+    out = torch.empty(num_tokens, q.shape[1], head_dim, dtype=dtype)
+    _C.rope_and_cache(
+        DTYPES[dtype],
+        q.data_ptr(),
+        q.stride(0),
+        k.data_ptr(),
+        k.stride(0),
+        v.data_ptr(),
+        v.stride(0),
+        q.shape[1],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[1],
+        places_of(_C, op, batch, pages),
+        pages_of(_C, op, pages, dtype),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
+    """Causal grouped-query attention over the paged cache: token at slot s sees slots 0..s of its sequence.
+
+    Splits of `batch.split_size` slots are summed by themselves and merged in ascending order (csrc/cpu/attention.h).
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], rotated.
+
+    Returns:
+        [num_tokens, num_heads * head_dim] in q's dtype.
+
+    Raises:
+        KernelArgumentError: dtypes, shapes or devices that the kernel does not serve, or a place outside the cache.
+
+    Source: FlashAttention, arXiv:2205.14135; split merge as in Flash-Decoding.
+    """
+    op, dtype = "attention", q.dtype
+    num_tokens, (num_kv_heads, head_dim) = batch.slots.shape[0], pages.k.shape[1::2]
+    q = heads(op, "q", q, dtype, num_tokens, head_dim)
+    num_heads = q.shape[1]
+    if num_kv_heads == 0 or num_heads % num_kv_heads or batch.split_size % pages.page_size:
+        raise KernelArgumentError(
+            f"{op}: {num_heads} heads must be a multiple of the cache's {num_kv_heads}, and split_size="
+            f"{batch.split_size} of its page_size={pages.page_size}"
+        )
+    out = torch.empty(num_tokens, num_heads * head_dim, dtype=dtype)
+    _C.attention(
+        DTYPES[dtype],
+        q.data_ptr(),
+        q.stride(0),
+        num_heads,
+        batch.split_size,
+        places_of(_C, op, batch, pages),
+        pages_of(_C, op, pages, dtype),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Draw one token per row: penalties, bias, temperature, top-k, top-p, min-p, Gumbel-max; as the reference's.
+
+    Args:
+        logits: [B, vocab_size], floating point; B may be 0.
+
+    Returns:
+        int64 [B]: token ids; -1 for a row without a finite maximum. Equal scores go to the lowest id.
+
+    Raises:
+        KernelArgumentError: shapes that do not fit each other, or a vocabulary above MAX_VOCAB_SIZE.
+    """
+    check_sampling(logits, batch)
+    logits = rows("sample", "logits", logits.float(), torch.float32, logits.shape[1])
+    num_rows, vocab_size = logits.shape
+    tokens = torch.empty(num_rows, dtype=torch.int64)
+    fields = [
+        contiguous(getattr(batch, name), dtype)
+        for name, dtype in (
+            ("temperature", torch.float32),
+            ("top_p", torch.float32),
+            ("min_p", torch.float32),
+            ("repetition_penalty", torch.float32),
+            ("frequency_penalty", torch.float32),
+            ("presence_penalty", torch.float32),
+            ("top_k", torch.int32),
+            ("sample_index", torch.int32),
+            ("seeds", torch.int64),
+            ("position", torch.int64),
+        )
+    ]
+    tables = [
+        None if table is None else contiguous(table, dtype)
+        for table, dtype in (
+            (batch.prompt_mask, torch.bool),
+            (batch.output_counts, torch.int32),
+            (batch.bias, torch.float32),
+        )
+    ]
+    _C.sample(
+        logits.data_ptr(),
+        logits.stride(0),
+        num_rows,
+        vocab_size,
+        *(field.data_ptr() for field in fields),
+        *(0 if table is None else table.data_ptr() for table in tables),
+        tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return tokens
+
+
+def log_probs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the raw distribution; arguments and results as the reference's `log_probs`.
+
+    Args:
+        logits: [R, vocab_size], floating point; R may be 0.
+        token_ids: [R] int64, the tokens to score.
+        num_top: how many of the most probable tokens to report; at most vocab_size are.
+
+    Returns:
+        chosen fp32 [R], ranks int64 [R], top_values fp32 and top_ids int64 [R, min(num_top, vocab_size)].
+
+    Raises:
+        KernelArgumentError: `logits` is not 2-D, its vocabulary is above MAX_VOCAB_SIZE, or a token is not in it.
+    """
+    check_logits(logits)
+    logits = rows("log_probs", "logits", logits.float(), torch.float32, logits.shape[1])
+    num_rows, vocab_size = logits.shape
+    if token_ids.shape != (num_rows,) or token_ids.dtype is not torch.int64:
+        raise KernelArgumentError(
+            f"log_probs: token_ids must be int64 [{num_rows}]; got {token_ids.dtype} {tuple(token_ids.shape)}"
+        )
+    token_ids, num_top = token_ids.contiguous(), min(num_top, vocab_size)
+    chosen, ranks = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+    top_values, top_ids = torch.empty(num_rows, num_top), torch.empty(num_rows, num_top, dtype=torch.int64)
+    outputs = [tensor.data_ptr() for tensor in (chosen, ranks, top_values, top_ids)]
+    args = (logits.data_ptr(), logits.stride(0), num_rows, vocab_size, num_top, token_ids.data_ptr(), *outputs)
+    _C.log_probs(*args, torch.get_num_threads())
+    return chosen, ranks, top_values, top_ids
+
+
+# --- ops of the graph ------------------------------------------------------------------------------------------------
+
+
+def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
+    """RMSNorm, q/k/v projection, RoPE, cache write: x [num_tokens, hidden_size] -> q [num_tokens, heads, head_dim]."""
+    op, dtype, in_features = "norm_qkv_rope_cache", qkv.dtype, qkv.in_features
+    num_tokens, (num_kv_heads, head_dim) = batch.slots.shape[0], pages.k.shape[1::2]
+    x = rows(op, "x", x, dtype, in_features)
+    norm_weight = norm_weight_of(op, norm.weight, dtype, in_features)
+    num_heads = qkv.out_features // head_dim - 2 * num_kv_heads
+    if x.shape[0] != num_tokens or qkv.out_features % head_dim or num_heads < 1:
+        raise KernelArgumentError(
+            f"{op}: x {tuple(x.shape)} and {qkv.out_features} outputs do not fit {num_tokens} tokens of the batch and "
+            f"a cache of {num_kv_heads} heads of {head_dim}"
+        )
+    cos, sin = rotation(op, batch, num_tokens, head_dim)
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype)
+    _C.norm_qkv_rope_cache(
+        qkv.native,
+        x.data_ptr(),
+        x.stride(0),
+        norm_weight.data_ptr(),
+        norm.eps,
+        num_heads,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[1],
+        places_of(_C, op, batch, pages),
+        pages_of(_C, op, pages, dtype),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor, batch: Batch) -> Tensor:
+    """residual + linear(x), the projection rounded before the add: [num_tokens, hidden_size]."""
+    return _linear("linear_residual", x, weight, epilogue=_ADD_RESIDUAL, residual=residual)
+
+
+def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight, batch: Batch) -> Tensor:
+    """RMSNorm, gate and up projection, activation(gate) * up -> [num_tokens, intermediate_size]."""
+    activation = gate_up.activation or "silu"
+    if isinstance(activation, str):
+        number = _ACTIVATIONS[activation]
+        return _linear("norm_gate_up_act", x, gate_up, norm=norm, epilogue=_GATE_UP, activation=number)
+    return silu_mul(_linear("norm_gate_up_act", x, gate_up, norm=norm), activation)
+
+
+def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
+    """Final RMSNorm and LM head: x [num_tokens, hidden_size] -> logits [num_tokens, vocab_size], fp32."""
+    return _linear("norm_lm_head", x, lm_head, norm=norm, epilogue=_STORE_FLOAT)
