@@ -1,7 +1,7 @@
 """Builds llama_fast._C, the native CPU kernels, with ninja; everything else is declared in pyproject.toml.
 
 The extension is optional: without a C++20 compiler, or on another processor, the installation goes on and the package
-runs on plain PyTorch, which it says once. LLAMA_FAST_CXXFLAGS adds compiler flags (sanitizers, see CONTRIBUTING.md).
+runs on plain PyTorch, which it says once. CXX chooses the compiler, LLAMA_FAST_CXXFLAGS adds flags (csrc/sanitize.sh).
 """
 
 import os
@@ -12,8 +12,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import ninja
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -23,8 +21,9 @@ SOURCES = [
     "csrc/bindings.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp") if "_test" not in path.stem),
 ]
-# The instruction sets are chosen function by function, so the rest runs on every x86-64. No contraction: where a product
-# is rounded before a sum is part of the result. gcc's own AVX-512 header trips its warning of uninitialised values.
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.h"))
+# Instruction sets are chosen function by function, so the rest runs on every x86-64. No contraction: where a product is
+# rounded before a sum is part of the result. gcc's own AVX-512 header trips its warning of uninitialised values.
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-uninitialized -pthread"
 
 
@@ -37,52 +36,59 @@ class NinjaBuild(build_ext):
         Raises:
             CompileError: no compiler, or it failed; setuptools goes on without the extension and says so.
         """
-        if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
-            raise CompileError(f"llama_fast._C is for x86-64 Linux, this is {platform.machine()} {sys.platform}")
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self._rules(ext.sources, target))
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
         try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            self._build(ext, target)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            # One of an earlier build would not fit this version's Python code.
+            for stale in (target, Path(self.get_ext_filename(ext.name))):
+                stale.unlink(missing_ok=True)
             raise CompileError(f"llama_fast._C was not built: {error}") from error
 
-    def _rules(self, sources: list[str], target: Path) -> str:
+    def _build(self, ext: Extension, target: Path) -> None:
+        if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+            raise OSError(f"it is for x86-64 Linux, this is {platform.machine()} {sys.platform}")
+        import ninja
+        import pybind11
+
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        extra = shlex.split(os.environ.get("LLAMA_FAST_CXXFLAGS", ""))
-        flags = " ".join([FLAGS, *(f"-isystem {_escaped(path)}" for path in includes), *extra])
-        compiler = os.environ.get("CXX", "c++")
-        objects = [f"{Path(source).stem}.o" for source in sources]
-        return "\n".join(
-            [
-                f"cxx = {compiler}",
-                f"flags = {flags}",
-                "rule compile",
-                "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "rule link",
-                "  command = $cxx $flags -shared $in -o $out",
-                *(
-                    f"build {name}: compile {_escaped(str(ROOT / source))}"
-                    for name, source in zip(objects, sources, strict=True)
-                ),
-                f"build {_escaped(str(target))}: link {' '.join(objects)}",
-                f"default {_escaped(str(target))}",
-                "",
-            ]
-        )
+        (build / "build.ninja").write_text(_rules(ext.sources, includes, target))
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
 
-def _escaped(path: str) -> str:
-    """A path in a build.ninja."""
-    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def _rules(sources: list[str], includes: list[str], target: Path) -> str:
+    """The text of build.ninja."""
+    extra = shlex.split(os.environ.get("LLAMA_FAST_CXXFLAGS", ""))
+    options = [*FLAGS.split(), *(option for path in includes for option in ("-isystem", path)), *extra]
+    objects = [f"{Path(source).stem}.o" for source in sources]
+    compiled = zip(objects, sources, strict=True)
+    return "\n".join(
+        [
+            f"cxx = {os.environ.get('CXX', 'c++')}",
+            f"flags = {' '.join(shlex.quote(option).replace('$', '$$') for option in options)}",
+            "rule compile",
+            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx $flags -shared $in -o $out",
+            *(f"build {name}: compile {_path(ROOT / source)}" for name, source in compiled),
+            f"build {_path(target)}: link {' '.join(objects)}",
+            f"default {_path(target)}",
+            "",
+        ]
+    )
+
+
+def _path(path: Path) -> str:
+    """A path as build.ninja writes it."""
+    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 setup(
-    ext_modules=[Extension("llama_fast._C", SOURCES, optional=True)],
+    ext_modules=[Extension("llama_fast._C", SOURCES, depends=HEADERS, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )

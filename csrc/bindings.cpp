@@ -26,6 +26,8 @@ using without_gil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Native CPU kernels of llama_fast; use them through llama_fast.ops.cpu.";
 
+    // llama_fast/ops/native.py refuses another number: change both with any change of a signature or of an order.
+    module.attr("interface") = 1;
     module.def("instruction_sets", &instruction_sets, "Names of the instruction sets that run here, best first.");
     module.def("selected", [] { return std::string(kernels().name); }, "The instruction set in use.");
     module.def("select", &select_kernels, py::arg("name"), "Use another instruction set; ValueError if it cannot run.");

@@ -5,12 +5,14 @@
 //          slot. Splits' (maximum, sum, accumulator) are merged in ascending order by one formula. A row's order
 //          depends on its slot alone: alone, in a batch, in a prompt of any chunking and as a generated token it has
 //          one result.
-// Work     A task is one KV head of up to kBlockRows query rows of one sequence; its pages are widened to float once
+// Work     A task is one KV head of some kBlockRows query rows of one sequence; its pages are widened to float once
 //          for all of them. Where there are fewer tasks than threads, each split is a task and a second pass merges.
 // Memory   Only slots that a row sees are read: what lies behind them may hold anything.
 
 constexpr int64_t kBlockRows = 64;
-constexpr int64_t kKeysATime = 8;  // sums that Vec::store_sums takes
+constexpr float kMasked = -1e30f;
+constexpr int64_t kMaxPartialBytes = 64 << 20;  // of splits that wait for their merge
+constexpr int64_t kKeysATime = 8;               // sums that Vec::store_sums takes
 constexpr int64_t kRegistersOfValues = 8;
 
 // The rows of one task: tokens [token, token + num_tokens) of a sequence times the heads of one KV head.
@@ -45,9 +47,12 @@ class Attention {
                 most_splits = std::max(most_splits, splits_of(token + count - 1));
             }
         }
+        // Either way gives the same bits; more tasks only keep more threads busy.
         const auto num_blocks = static_cast<int64_t>(blocks.size());
-        if (num_blocks >= call_.num_threads || most_splits == 1) {
-            // Long rows last in a prompt: taken first, they leave no thread alone at the end.
+        const int64_t rows = blocks.empty() ? 0 : tokens_a_block_ * group_;
+        const int64_t partial_bytes = num_blocks * most_splits * rows * width_ * static_cast<int64_t>(sizeof(float));
+        if (num_blocks >= call_.num_threads || most_splits == 1 || partial_bytes > kMaxPartialBytes) {
+            // The last rows of a prompt see most: taken first, they leave no thread alone at the end.
             parallel_for(num_blocks, call_.num_threads, [&](int64_t task) { attend(blocks[num_blocks - 1 - task]); });
         } else {
             attend_by_split(blocks, most_splits);
@@ -116,7 +121,7 @@ class Attention {
 
     void start(Running* running, float* accumulators, int64_t rows) const {
         // Finite: exp(maximum - new maximum) is then 0, not NaN.
-        std::fill_n(running, rows, Running{-1e30f, 0.0f});
+        std::fill_n(running, rows, Running{kMasked, 0.0f});
         std::fill_n(accumulators, rows * width_, 0.0f);
     }
 
@@ -177,7 +182,7 @@ class Attention {
         }
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t seen = visible(block, row, split);
-            if (seen > 0) running[row] = softmax(scores + row * scores_stride_, seen);
+            if (seen > 0) running[row] = softmax(scores + row * scores_stride_, seen, seen == call_.split_size);
         }
         std::fill_n(accumulators, rows * width_, 0.0f);
         for (int64_t first = 0; first < slots; first += page_size) {
@@ -224,12 +229,14 @@ class Attention {
     }
 
     // Scores [seen] -> weights exp(score - maximum) in place; their maximum and sum.
-    static Running softmax(float* scores, int64_t seen) {
+    static Running softmax(float* scores, int64_t seen, bool whole) {
         const float nothing = -std::numeric_limits<float>::infinity();
         std::fill(scores + seen, scores + round_up(seen, kLanes), nothing);
         Floats highest = Vec::broadcast(nothing);
         for (int64_t i = 0; i < seen; i += kLanes) highest = Vec::max(Vec::load(scores + i), highest);
-        const float maximum = Vec::highest(highest);
+        // As the reference, which masks what a row does not see with -1e30: scores that are all -inf weigh nothing
+        // then.
+        const float maximum = std::max(Vec::highest(highest), whole ? nothing : kMasked);
         const Floats maximums = Vec::broadcast(maximum);
         Floats sums = Vec::zero();
         for (int64_t i = 0; i < seen; i += kLanes) {

@@ -3,14 +3,20 @@
 // x / sqrt(mean(x^2) + eps), rounded to T, times weight: llama_fast/ops/reference.py's order.
 template <class T>
 void norm_row(const T* x, const T* weight, float eps, int64_t width, T* out) {
-    Floats sums[2] = {Vec::zero(), Vec::zero()};  // two, or every addition would wait for the last
+    // Many: short chains of additions lose less than long ones, and none waits for the last.
+    constexpr int kSums = 8;
+    Floats sums[kSums];
+    for (Floats& sum : sums) sum = Vec::zero();
     int index = 0;
     for_lanes(width, [&](int64_t i, auto load, auto) {
         const Floats value = load(x + i);
-        sums[index & 1] = Vec::multiply_add(value, value, sums[index & 1]);
-        ++index;
+        sums[index] = Vec::multiply_add(value, value, sums[index]);
+        index = (index + 1) % kSums;
     });
-    const float mean = Vec::sum(Vec::add(sums[0], sums[1])) / static_cast<float>(width);
+    for (int half = kSums / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] = Vec::add(sums[i], sums[i + half]);
+    }
+    const float mean = Vec::sum(sums[0]) / static_cast<float>(width);
     const Floats scale = Vec::broadcast(1.0f / std::sqrt(mean + eps));
     for_lanes(width, [&](int64_t i, auto load, auto store) {
         store(out + i, Vec::mul(rounded<T>(Vec::mul(load(x + i), scale)), load(weight + i)));
@@ -61,7 +67,7 @@ inline Floats activate(Activation activation, Floats x) {
         case Activation::linear:
             return x;
         case Activation::mish:
-            // log(1 + exp(v)) in double: for a v far below zero it is exp(v), not 0.
+            // log1p: for a v far below zero log(1 + exp(v)) is exp(v), not 0.
             return lane_by_lane(x, [](float v) { return v * std::tanh(v > 20.0f ? v : std::log1p(std::exp(v))); });
         case Activation::quick_gelu:
             return Vec::mul(x, sigmoid(Vec::mul(x, Vec::broadcast(1.702f))));

@@ -3,8 +3,9 @@
 // Sums     One register of partial sums an output, taken over in_features in order and summed across its lanes once at
 //          the end. The tile around an output only decides which others are computed beside it: a row's bits are the
 //          same for any number of rows or threads, so one kernel serves prompt and generated tokens.
-// Traffic  Threads take blocks of outputs whose weights fit L2: every weight is read from memory once a call.
-// Routes   x is normed and laid out as registers in the order in which a tile reads them. For few rows the weights are
+// Traffic  Threads take blocks of outputs whose weights fit L2: every weight is read from memory once for kGroupRows
+// rows. Routes   x is normed and laid out as registers in the order in which a tile reads them. For few rows the
+// weights are
 //          read where they lie; for many they are laid out likewise, a block at a time: widened once, not once a row
 //          tile, and free of rows that compete for the same cache sets (in_features is often a power of two).
 // Rounding As llama_fast/ops/reference.py: to T where an unfused op would store.
@@ -134,7 +135,7 @@ class Linear {
 
     void run() {
         Register<T>* x = scratch<Register<T>>(kLaidOutRows, call_.num_rows * registers_);
-        const int64_t tiles_a_task = packed_ ? 1 : tiles_;  // few rows are not worth waking a thread
+        const int64_t tiles_a_task = std::max<int64_t>(1, 8 / tile_rows_);  // fewer rows are not worth waking a thread
         parallel_for((tiles_ + tiles_a_task - 1) / tiles_a_task, call_.num_threads, [&](int64_t task) {
             const int64_t end = std::min(tiles_, (task + 1) * tiles_a_task);
             for (int64_t tile = task * tiles_a_task; tile < end; ++tile) lay_out_rows(tile, x);
@@ -188,7 +189,7 @@ class Linear {
     // Outputs of a task: their weights stay in L2 while row after row takes them.
     int64_t block_columns() const {
         const int64_t unit = packed_ ? kPackedColumns : kDirectUnit;
-        const int64_t bytes = std::max<int64_t>(1, registers_ * (packed_ ? sizeof(Register<T>) : sizeof(T) * kLanes));
+        const int64_t bytes = std::max<int64_t>(1, width_ * sizeof(T));
         const int64_t fair_share = outputs_ / (4 * call_.num_threads);
         const int64_t in_cache = packed_ ? kPackedBlockColumns : kDirectBlockBytes / bytes / (gate_up_ ? 2 : 1);
         return std::clamp(std::min(in_cache, fair_share) / unit * unit, unit, kMaxBlockColumns);

@@ -17,9 +17,21 @@ namespace {
 // Between two ops of a step Python runs for 5 to 50 us; waking a sleeping thread costs about as much again. Longer, and
 // the pool would take cycles from torch's own threads. From bench/results/amd-epyc-2-cores/experiments.md.
 constexpr int kSpins = 4000;
-// After that a thread that waits for the others gives its core to them: they may not be running.
 constexpr int kMaxThreads = 1023;
 constexpr int64_t kMaxTasks = (int64_t{1} << 24) - 1;
+
+// Rounding to nearest with subnormals kept, whatever the calling thread has set (torch.set_flush_denormal, libraries
+// built with -ffast-math): a result must not depend on which thread took its task.
+class StandardRounding {
+   public:
+    StandardRounding() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~StandardRounding() { _mm_setcsr(saved_); }
+    StandardRounding(const StandardRounding&) = delete;
+    StandardRounding& operator=(const StandardRounding&) = delete;
+
+   private:
+    unsigned saved_;
+};
 
 class ThreadPool {
    public:
@@ -39,11 +51,8 @@ class ThreadPool {
         while (run_one(0)) {
         }
         for (int spins = 0; done_.load(std::memory_order_acquire) != num_tasks; ++spins) {
-            if (spins < kSpins) {
-                _mm_pause();
-            } else {
-                std::this_thread::yield();
-            }
+            // Later the core is given away: the thread that is waited for may not be running.
+            spins < kSpins ? _mm_pause() : std::this_thread::yield();
         }
         if (error_ != nullptr) std::rethrow_exception(std::exchange(error_, nullptr));
     }
@@ -71,6 +80,7 @@ class ThreadPool {
     }
 
     void work(int worker) {
+        const StandardRounding rounding;
         for (;;) {
             const uint32_t seen = jobs_.load(std::memory_order_acquire);
             while (run_one(worker)) {
@@ -120,6 +130,7 @@ ThreadPool* the_pool() {
 }  // namespace
 
 void run_tasks(int64_t num_tasks, int num_threads, Task task, void* context) {
+    const StandardRounding rounding;
     num_threads = static_cast<int>(std::min<int64_t>(std::clamp(num_threads, 1, kMaxThreads), num_tasks));
     if (num_threads <= 1) {
         for (int64_t index = 0; index < num_tasks; ++index) task(context, index);

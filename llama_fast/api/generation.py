@@ -41,7 +41,7 @@ class GeneratingLM(LlamaLM):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model makes an engine of its own.
-        return {**self.__dict__, "_engine": None}
+        return {**super().__getstate__(), "_engine": None}
 
     def generate(
         self,

@@ -186,7 +186,7 @@ class Engine:
             for sample in self._samples_of(work):
                 samples.append(sample)
                 rows.append(row)
-        self._draw(samples, logits[rows])
+        self._draw(samples, logits if len(rows) == len(due) else logits[rows])
         return samples
 
     def _run_graph(self, works: list[Work]) -> Sequence[Tensor]:

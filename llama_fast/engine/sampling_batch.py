@@ -19,16 +19,27 @@ class SamplingTensors:
         self._vocab_size = vocab_size
         self._device = device
         self._samples: list[Sample] = []
-        self._constant: SamplingBatch | None = None
+        self._lengths: list[int] = []
+        self._penalized = False
+        self._batch: SamplingBatch | None = None
 
     def batch(self, samples: list[Sample]) -> SamplingBatch:
         """One row a sample, for the token it draws next; optional tables only where some sample needs them."""
-        same = len(samples) == len(self._samples) and all(map(operator.is_, samples, self._samples))
-        if self._constant is None or not same:
-            self._constant, self._samples = self._make(samples), samples
+        lengths = [len(sample.sequence.token_ids) for sample in samples]
+        if (
+            self._batch is not None
+            and lengths == [length + 1 for length in self._lengths]
+            and all(map(operator.is_, samples, self._samples))
+        ):
+            self._batch.position.add_(1)
+        else:
+            self._batch, self._samples = self._make(samples, lengths), list(samples)
+        self._lengths = lengths
+        return self._with_tables(self._batch, samples)
+
+    def _with_tables(self, batch: SamplingBatch, samples: list[Sample]) -> SamplingBatch:
         prompt_mask = output_counts = bias = None
-        sampling = [sample.request.sampling for sample in samples]
-        if any(p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty for p in sampling):
+        if self._penalized:
             counts = [sample.token_counts(self._vocab_size, self._device) for sample in samples]
             prompt_mask = torch.stack([in_prompt for in_prompt, _ in counts])
             output_counts = torch.stack([generated for _, generated in counts])
@@ -36,13 +47,15 @@ class SamplingTensors:
         if any(row is not None for row in biases):
             neutral = torch.zeros(self._vocab_size, dtype=torch.float32, device=self._device)
             bias = torch.stack([neutral if row is None else row for row in biases])
-        position = self._tensor([len(sample.sequence.token_ids) for sample in samples], torch.int64)
-        return replace(
-            self._constant, position=position, prompt_mask=prompt_mask, output_counts=output_counts, bias=bias
-        )
+        if prompt_mask is None and bias is None:
+            return batch
+        return replace(batch, prompt_mask=prompt_mask, output_counts=output_counts, bias=bias)
 
-    def _make(self, samples: list[Sample]) -> SamplingBatch:
+    def _make(self, samples: list[Sample], lengths: list[int]) -> SamplingBatch:
         sampling = [sample.request.sampling for sample in samples]
+        self._penalized = any(
+            p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty for p in sampling
+        )
         return SamplingBatch(
             temperature=self._tensor([p.temperature for p in sampling], torch.float32),
             top_k=self._tensor([p.top_k for p in sampling], torch.int32),
@@ -54,7 +67,7 @@ class SamplingTensors:
             # The bit pattern of an unsigned 64-bit seed.
             seeds=self._tensor([p.seed - (1 << 64) if p.seed >> 63 else p.seed for p in sampling], torch.int64),
             sample_index=self._tensor([sample.index for sample in samples], torch.int32),
-            position=self._tensor([0] * len(samples), torch.int64),
+            position=self._tensor(lengths, torch.int64),
         )
 
     def _tensor(self, values: list, dtype: torch.dtype) -> Tensor:

@@ -92,22 +92,23 @@ def pack(
         )
         query_starts.append(query_starts[-1] + count)
     width = max((len(chunk.pages) for chunk in chunks), default=0)
-    page_table = [[*chunk.pages, *[0] * (width - len(chunk.pages))] for chunk in chunks]
-
-    def tensor(values: Sequence) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    positions = tensor(slots)
     seq_lens = [chunk.start + len(chunk.token_ids) for chunk in chunks]
-    cos, sin = rotary(positions, tensor(rope_lens), max(seq_lens, default=0))
+    table: list[int] = []
+    for chunk in chunks:
+        table += [*chunk.pages, *[0] * (width - len(chunk.pages))]
+    # One tensor for all of them: a copy to the device each would take longer than a small model's step.
+    fields = (token_ids, slots, seq_ids, rope_lens, query_starts, seq_lens, table)
+    joined = torch.tensor([number for values in fields for number in values], dtype=torch.int64, device=device)
+    tensors = joined.split([len(values) for values in fields])
+    cos, sin = rotary(tensors[1], tensors[3], max(seq_lens, default=0))
     return Batch(
         ops=ops,
-        token_ids=tensor(token_ids),
-        slots=positions,
-        seq_ids=tensor(seq_ids),
-        query_starts=tensor(query_starts),
-        seq_lens=tensor(seq_lens),
-        page_table=tensor(page_table).view(len(chunks), width),
+        token_ids=tensors[0],
+        slots=tensors[1],
+        seq_ids=tensors[2],
+        query_starts=tensors[4],
+        seq_lens=tensors[5],
+        page_table=tensors[6].view(len(chunks), width),
         cos=cos,
         sin=sin,
         split_size=split_size,

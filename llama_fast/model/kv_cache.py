@@ -72,6 +72,7 @@ class PagedKVCache:
         self.num_pages = num_pages
         # Views of the pool, made once: a decoding step of a small model would notice the slicing.
         self._layers: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+        self._pool_of_layers: Tensor | None = None
         # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
         # Never in inference mode: the pool outlives the call that makes it.
         shape = (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim)
@@ -93,8 +94,9 @@ class PagedKVCache:
 
     def layer(self, index: int) -> LayerPages:
         """The view that one layer reads and writes."""
-        if not self._layers:
+        if self._pool_of_layers is not self.pool:
             self._layers = [(layer[0], layer[1], {}) for layer in self.pool]
+            self._pool_of_layers = self.pool
         return LayerPages(*self._layers[index])
 
     def copy_pages(self, ops: ModuleType, source: Sequence[int], target: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import islice
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ class Embedding(nn.Embedding):
         """Leave the parameters as they are."""
 
 
+class Norm(NamedTuple):
+    """What an op reads of a norm: weight [hidden_size] and eps."""
+
+    weight: Tensor
+    eps: float
+
+
 class RMSNorm(nn.Module):
     """Parameters of a root-mean-square norm: weight [hidden_size] and eps."""
 
@@ -43,6 +50,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
+
+    def prepare(self) -> Norm:
+        """Its parameters as they are now; a module's attributes cost a small model's decoding step too much."""
+        return Norm(self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -82,6 +93,7 @@ class DecoderLayer(nn.Module):
     def prepare(self, ops: ModuleType) -> None:
         """Let the backend make its weights from the parameters as they are now."""
         attn, mlp = self.self_attn, self.mlp
+        self.attention_norm, self.mlp_norm = self.input_layernorm.prepare(), self.post_attention_layernorm.prepare()
         self.qkv_proj: Any = ops.prepare_linear([attn.q_proj, attn.k_proj, attn.v_proj])
         self.o_proj: Any = ops.prepare_linear([attn.o_proj])
         self.gate_up_proj: Any = ops.prepare_linear([mlp.gate_proj, mlp.up_proj], activation=self.hidden_act)
@@ -90,9 +102,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, batch: Batch, pages: LayerPages) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape; K and V of the batch's tokens are written into `pages`."""
         ops = batch.ops
-        q = ops.norm_qkv_rope_cache(x, self.input_layernorm, self.qkv_proj, batch, pages)
+        q = ops.norm_qkv_rope_cache(x, self.attention_norm, self.qkv_proj, batch, pages)
         x = ops.linear_residual(ops.attention(q, pages, batch), self.o_proj, x, batch)
-        h = ops.norm_gate_up_act(x, self.post_attention_layernorm, self.gate_up_proj, batch)
+        h = ops.norm_gate_up_act(x, self.mlp_norm, self.gate_up_proj, batch)
         return ops.linear_residual(h, self.down_proj, x, batch)
 
 
@@ -163,8 +175,13 @@ class LlamaLM(nn.Module):
         for layer in self.model.layers:
             cast(DecoderLayer, layer).prepare(ops)
         self.prepared_head: Any = ops.prepare_linear([self.lm_head])
+        self.prepared_norm = self.model.norm.prepare()
         # Taken again: a backend may have joined parameters and made them views of the whole.
         self._prepared = (ops.__name__, self._versions())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's parameters are others.
+        return {**self.__dict__, "_prepared": None}
 
     def _versions(self) -> list[tuple[int, int, int]]:
         # Tensors made in inference mode count no versions: their writes need `refresh`.
@@ -176,4 +193,4 @@ class LlamaLM(nn.Module):
 
     def logits(self, hidden_states: Tensor, ops: ModuleType) -> Tensor:
         """hidden_states [num_tokens, hidden_size] as `run` returns them -> logits [num_tokens, vocab_size], fp32."""
-        return ops.norm_lm_head(hidden_states, self.model.norm, self.prepared_head)
+        return ops.norm_lm_head(hidden_states, self.prepared_norm, self.prepared_head)

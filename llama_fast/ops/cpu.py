@@ -6,15 +6,14 @@ beside its sequence. torch.set_num_threads says how many threads run; their numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llama_fast.errors import BackendError, KernelArgumentError
-from llama_fast.ops.activations import ACTIVATIONS, Activation
+from llama_fast.errors import KernelArgumentError
+from llama_fast.ops import reference
+from llama_fast.ops.activations import Activation
 from llama_fast.ops.cpu_arguments import (
     DTYPES,
     check,
@@ -26,8 +25,8 @@ from llama_fast.ops.cpu_arguments import (
     rotation,
     rows,
 )
-from llama_fast.ops.native import native
-from llama_fast.ops.reference import LinearPart
+from llama_fast.ops.cpu_linear import LinearWeight, prepare_linear
+from llama_fast.ops.native import required
 from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import SamplingBatch, check_logits, check_sampling
 from llama_fast.ops.shared import copy_pages, embed
@@ -35,7 +34,7 @@ from llama_fast.ops.shared import copy_pages, embed
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages
-    from llama_fast.model.llama import RMSNorm
+    from llama_fast.model.llama import Norm
 
 __all__ = [
     "ROLES_SHARE_RUNS",
@@ -61,9 +60,7 @@ __all__ = [
 # A generated token has the bits that it would have as a prompt token (tests/ops/test_cpu_one_answer.py).
 ROLES_SHARE_RUNS = True
 
-_C, _reason = native()
-if _C is None:
-    raise BackendError(f"backend='cpu' cannot run: {_reason}; use backend='reference'")
+_C = required()
 
 # In the order of csrc/cpu/calls.h.
 _ACTIVATIONS = {
@@ -84,115 +81,67 @@ _ACTIVATIONS = {
     "sigmoid": 11,
     "tanh": 12,
 }
-# A configuration may hold the function itself instead of its name.
-_NAMES = {function: name for name, function in ACTIVATIONS.items()}
+_CPU = torch.device("cpu")
 _STORE, _ADD_RESIDUAL, _GATE_UP, _STORE_FLOAT = range(4)
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """Several projections of one input, used where they lie.
-
-    Attributes:
-        parts: the checkpoint's parameters.
-        native: their addresses, for the kernels.
-        tensors: what the addresses point at; kept alive here.
-        activation: of gate and up.
-    """
-
-    parts: tuple[LinearPart, ...]
-    native: Any
-    tensors: tuple[Tensor, ...]
-    in_features: int
-    out_features: int
-    dtype: torch.dtype
-    activation: str | Activation | None
-
-    def __reduce__(self) -> tuple:
-        # A copy's parameters lie elsewhere: it holds no address, and `LlamaLM.prepare` makes its weights anew.
-        return LinearWeight, (self.parts, None, (), self.in_features, self.out_features, self.dtype, self.activation)
 
 
 def check_cache(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a cache that this backend cannot read; this one reads all."""
 
 
-def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
-    """Take several projections of the same input (q, k, v; gate, up) as one; nothing is copied.
-
-    Args:
-        parts: modules with `weight` [out_features, in_features] and `bias` [out_features] or None.
-        activation: for gate and up: a name of `ACTIVATIONS` or an elementwise function.
-
-    Raises:
-        KernelArgumentError: a parameter has a dtype or device that the kernels do not serve, or shapes do not fit.
-    """
-    # Only a weight that is a transposed view or the like is copied.
-    weights = [part.weight.detach().contiguous() for part in parts]
-    biases = [None if part.bias is None else part.bias.detach().contiguous() for part in parts]
-    first = weights[0]
-    for weight, bias in zip(weights, biases, strict=True):
-        check("prepare_linear", "weight", weight, first.dtype, 2)
-        if weight.shape[1] != first.shape[1]:
-            raise KernelArgumentError(
-                f"prepare_linear: parts take one input; got weights {[tuple(w.shape) for w in weights]}"
-            )
-        if bias is not None:
-            check("prepare_linear", "bias", bias, first.dtype, 1)
-            if bias.shape[0] != weight.shape[0]:
-                raise KernelArgumentError(
-                    f"prepare_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}"
-                )
-    addresses = [
-        (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.shape[0])
-        for weight, bias in zip(weights, biases, strict=True)
-    ]
-    return LinearWeight(
-        parts=tuple(LinearPart(part.weight, part.bias) for part in parts),
-        native=_C.LinearWeight(DTYPES[first.dtype], first.shape[1], addresses),
-        tensors=(*weights, *(bias for bias in biases if bias is not None)),
-        in_features=first.shape[1],
-        out_features=sum(weight.shape[0] for weight in weights),
-        dtype=first.dtype,
-        activation=activation if isinstance(activation, str | None) else _NAMES.get(activation, activation),
-    )
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    # The kernels write there: whatever the default device is, it must be this memory.
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 def _linear(
     op: str,
     x: Tensor,
     weight: LinearWeight,
-    *,
-    norm: RMSNorm | None = None,
+    norm: Norm | None = None,
     epilogue: int = _STORE,
     activation: int = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = weight.dtype
-    x = rows(op, "x", x, dtype, weight.in_features)
-    norm_weight = None if norm is None else norm_weight_of(op, norm.weight, dtype, weight.in_features)
+    x = _input(op, x, weight)
+    norm_weight, eps = _norm(op, norm, weight)
     num_tokens, out_features = x.shape[0], weight.out_features
+    residual_address = 0
     if epilogue == _GATE_UP:
         out_features //= 2
-    if residual is not None:
-        residual = rows(op, "residual", residual, dtype, out_features).contiguous()
+    elif residual is not None:
+        residual = rows(op, "residual", residual, weight.dtype, out_features).contiguous()
         if residual.shape[0] != num_tokens:
             raise KernelArgumentError(f"{op}: residual {tuple(residual.shape)} does not fit {num_tokens} tokens of x")
-    out = torch.empty(num_tokens, out_features, dtype=torch.float32 if epilogue == _STORE_FLOAT else dtype)
+        residual_address = residual.data_ptr()
+    dtype = torch.float32 if epilogue == _STORE_FLOAT else weight.dtype
+    out = torch.empty((num_tokens, out_features), dtype=dtype, device=_CPU)
     _C.linear(
         weight.native,
         x.data_ptr(),
         x.stride(0),
         num_tokens,
         0 if norm_weight is None else norm_weight.data_ptr(),
-        0.0 if norm is None else norm.eps,
+        eps,
         epilogue,
         activation,
-        0 if residual is None else residual.data_ptr(),
+        residual_address,
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
+
+
+def _input(op: str, x: Tensor, weight: LinearWeight) -> Tensor:
+    if weight.trainable and torch.is_grad_enabled():
+        raise KernelArgumentError(f"{op}: a weight requires grad; kernels are inference-only, use backend='reference'")
+    return rows(op, "x", x, weight.dtype, weight.in_features)
+
+
+def _norm(op: str, norm: Norm | None, weight: LinearWeight) -> tuple[Tensor | None, float]:
+    if norm is None:
+        return None, 0.0
+    return norm_weight_of(op, norm.weight, weight.dtype, weight.in_features), norm.eps
 
 
 # --- primitives ------------------------------------------------------------------------------------------------------
@@ -217,7 +166,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     num_tokens, width = x.shape
     x = rows("rms_norm", "x", x, x.dtype, width)
     weight = norm_weight_of("rms_norm", weight, x.dtype, width)
-    out = torch.empty(num_tokens, width, dtype=x.dtype)
+    out = _empty(num_tokens, width, dtype=x.dtype)
     threads = torch.get_num_threads()
     args = (x.data_ptr(), x.stride(0), num_tokens, width, weight.data_ptr(), eps, out.data_ptr(), threads)
     _C.rms_norm(DTYPES[x.dtype], *args)
@@ -256,13 +205,12 @@ def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:
     if gate_up.shape[1] % 2:
         raise KernelArgumentError(f"silu_mul: gate_up must have an even width; got {tuple(gate_up.shape)}")
     if not isinstance(activation, str):
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        return (activation(gate) * up).to(gate_up.dtype)
+        return reference.silu_mul(gate_up, activation)
     if activation not in _ACTIVATIONS:
         raise KernelArgumentError(f"silu_mul: activation={activation!r}; accepted: {', '.join(sorted(_ACTIVATIONS))}")
     gate_up = rows("silu_mul", "gate_up", gate_up, gate_up.dtype, gate_up.shape[1])
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(num_tokens, width, dtype=gate_up.dtype)
+    out = _empty(num_tokens, width, dtype=gate_up.dtype)
     args = (gate_up.data_ptr(), gate_up.stride(0), num_tokens, width, out.data_ptr(), torch.get_num_threads())
     _C.silu_mul(DTYPES[gate_up.dtype], _ACTIVATIONS[activation], *args)
     return out
@@ -288,14 +236,16 @@ def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPa
     Source: RoFormer, arXiv:2104.09864, in the half-split layout of Hugging Face's Llama.
     """
     op, dtype = "rope_and_cache", q.dtype
-    num_tokens, (num_kv_heads, head_dim) = batch.slots.shape[0], pages.k.shape[1::2]
+    check(op, "q", q, dtype, 3)
+    places, num_tokens = places_of(_C, op, batch, pages)
+    cache, num_kv_heads, head_dim = pages_of(_C, op, pages, dtype)
     q, k, v = (heads(op, name, t, dtype, num_tokens, head_dim) for name, t in (("q", q), ("k", k), ("v", v)))
     if k.shape[1] != num_kv_heads or v.shape[1] != num_kv_heads:
         raise KernelArgumentError(
             f"{op}: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a cache of {num_kv_heads} heads"
         )
     cos, sin = rotation(op, batch, num_tokens, head_dim)
-    out = torch.empty(num_tokens, q.shape[1], head_dim, dtype=dtype)
+    out = _empty(num_tokens, q.shape[1], head_dim, dtype=dtype)
     _C.rope_and_cache(
         DTYPES[dtype],
         q.data_ptr(),
@@ -308,8 +258,8 @@ def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPa
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[1],
-        places_of(_C, op, batch, pages),
-        pages_of(_C, op, pages, dtype),
+        places,
+        cache,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -333,23 +283,27 @@ def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
     Source: FlashAttention, arXiv:2205.14135; split merge as in Flash-Decoding.
     """
     op, dtype = "attention", q.dtype
-    num_tokens, (num_kv_heads, head_dim) = batch.slots.shape[0], pages.k.shape[1::2]
+    check(op, "q", q, dtype, 3)
+    places, num_tokens = places_of(_C, op, batch, pages)
+    cache, num_kv_heads, head_dim = pages_of(_C, op, pages, dtype)
     q = heads(op, "q", q, dtype, num_tokens, head_dim)
-    num_heads = q.shape[1]
-    if num_kv_heads == 0 or num_heads % num_kv_heads or batch.split_size % pages.page_size:
+    num_heads, split_size = q.shape[1], batch.split_size
+    if num_kv_heads == 0 or num_heads % num_kv_heads or split_size < 1 or split_size % pages.page_size:
         raise KernelArgumentError(
-            f"{op}: {num_heads} heads must be a multiple of the cache's {num_kv_heads}, and split_size="
-            f"{batch.split_size} of its page_size={pages.page_size}"
+            f"{op}: {num_heads} heads must be a multiple of the cache's {num_kv_heads}, and split_size={split_size} "
+            f"of its page_size={pages.page_size}"
         )
-    out = torch.empty(num_tokens, num_heads * head_dim, dtype=dtype)
+    out = _empty(num_tokens, num_heads * head_dim, dtype=dtype)
+    if num_heads == 0:
+        return out
     _C.attention(
         DTYPES[dtype],
         q.data_ptr(),
         q.stride(0),
         num_heads,
-        batch.split_size,
-        places_of(_C, op, batch, pages),
-        pages_of(_C, op, pages, dtype),
+        split_size,
+        places,
+        cache,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -371,9 +325,9 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     check_sampling(logits, batch)
     logits = rows("sample", "logits", logits.float(), torch.float32, logits.shape[1])
     num_rows, vocab_size = logits.shape
-    tokens = torch.empty(num_rows, dtype=torch.int64)
+    tokens = _empty(num_rows, dtype=torch.int64)
     fields = [
-        contiguous(getattr(batch, name), dtype)
+        contiguous("sample", name, getattr(batch, name), dtype)
         for name, dtype in (
             ("temperature", torch.float32),
             ("top_p", torch.float32),
@@ -388,11 +342,11 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
         )
     ]
     tables = [
-        None if table is None else contiguous(table, dtype)
-        for table, dtype in (
-            (batch.prompt_mask, torch.bool),
-            (batch.output_counts, torch.int32),
-            (batch.bias, torch.float32),
+        None if table is None else contiguous("sample", name, table, dtype)
+        for name, table, dtype in (
+            ("prompt_mask", batch.prompt_mask, torch.bool),
+            ("output_counts", batch.output_counts, torch.int32),
+            ("bias", batch.bias, torch.float32),
         )
     ]
     _C.sample(
@@ -425,13 +379,20 @@ def log_probs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, 
     check_logits(logits)
     logits = rows("log_probs", "logits", logits.float(), torch.float32, logits.shape[1])
     num_rows, vocab_size = logits.shape
-    if token_ids.shape != (num_rows,) or token_ids.dtype is not torch.int64:
+    token_ids = contiguous("log_probs", "token_ids", token_ids, torch.int64)
+    if token_ids.shape != (num_rows,) or (
+        num_rows and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size
+    ):
         raise KernelArgumentError(
-            f"log_probs: token_ids must be int64 [{num_rows}]; got {token_ids.dtype} {tuple(token_ids.shape)}"
+            f"log_probs: token_ids must be [{num_rows}] ids below {vocab_size}; got {tuple(token_ids.shape)}, "
+            f"{token_ids.flatten()[:10].tolist()}"
         )
-    token_ids, num_top = token_ids.contiguous(), min(num_top, vocab_size)
-    chosen, ranks = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
-    top_values, top_ids = torch.empty(num_rows, num_top), torch.empty(num_rows, num_top, dtype=torch.int64)
+    if num_top < 0:
+        raise KernelArgumentError(f"log_probs: num_top={num_top} is negative")
+    num_top = min(num_top, vocab_size)
+    chosen, ranks = _empty(num_rows, dtype=torch.float32), _empty(num_rows, dtype=torch.int64)
+    top_values = _empty(num_rows, num_top, dtype=torch.float32)
+    top_ids = _empty(num_rows, num_top, dtype=torch.int64)
     outputs = [tensor.data_ptr() for tensor in (chosen, ranks, top_values, top_ids)]
     args = (logits.data_ptr(), logits.stride(0), num_rows, vocab_size, num_top, token_ids.data_ptr(), *outputs)
     _C.log_probs(*args, torch.get_num_threads())
@@ -441,12 +402,13 @@ def log_probs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, 
 # --- ops of the graph ------------------------------------------------------------------------------------------------
 
 
-def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
+def norm_qkv_rope_cache(x: Tensor, norm: Norm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
     """RMSNorm, q/k/v projection, RoPE, cache write: x [num_tokens, hidden_size] -> q [num_tokens, heads, head_dim]."""
-    op, dtype, in_features = "norm_qkv_rope_cache", qkv.dtype, qkv.in_features
-    num_tokens, (num_kv_heads, head_dim) = batch.slots.shape[0], pages.k.shape[1::2]
-    x = rows(op, "x", x, dtype, in_features)
-    norm_weight = norm_weight_of(op, norm.weight, dtype, in_features)
+    op = "norm_qkv_rope_cache"
+    places, num_tokens = places_of(_C, op, batch, pages)
+    cache, num_kv_heads, head_dim = pages_of(_C, op, pages, qkv.dtype)
+    x = _input(op, x, qkv)
+    norm_weight, eps = _norm(op, norm, qkv)
     num_heads = qkv.out_features // head_dim - 2 * num_kv_heads
     if x.shape[0] != num_tokens or qkv.out_features % head_dim or num_heads < 1:
         raise KernelArgumentError(
@@ -454,19 +416,19 @@ def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batc
             f"a cache of {num_kv_heads} heads of {head_dim}"
         )
     cos, sin = rotation(op, batch, num_tokens, head_dim)
-    out = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype)
+    out = _empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype)
     _C.norm_qkv_rope_cache(
         qkv.native,
         x.data_ptr(),
         x.stride(0),
-        norm_weight.data_ptr(),
-        norm.eps,
+        0 if norm_weight is None else norm_weight.data_ptr(),
+        eps,
         num_heads,
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[1],
-        places_of(_C, op, batch, pages),
-        pages_of(_C, op, pages, dtype),
+        places,
+        cache,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -475,18 +437,18 @@ def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batc
 
 def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor, batch: Batch) -> Tensor:
     """residual + linear(x), the projection rounded before the add: [num_tokens, hidden_size]."""
-    return _linear("linear_residual", x, weight, epilogue=_ADD_RESIDUAL, residual=residual)
+    return _linear("linear_residual", x, weight, None, _ADD_RESIDUAL, 0, residual)
 
 
-def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight, batch: Batch) -> Tensor:
+def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch) -> Tensor:
     """RMSNorm, gate and up projection, activation(gate) * up -> [num_tokens, intermediate_size]."""
     activation = gate_up.activation or "silu"
-    if isinstance(activation, str):
+    if isinstance(activation, str) and gate_up.pair:
         number = _ACTIVATIONS[activation]
-        return _linear("norm_gate_up_act", x, gate_up, norm=norm, epilogue=_GATE_UP, activation=number)
-    return silu_mul(_linear("norm_gate_up_act", x, gate_up, norm=norm), activation)
+        return _linear("norm_gate_up_act", x, gate_up, norm, _GATE_UP, number)
+    return silu_mul(_linear("norm_gate_up_act", x, gate_up, norm), activation)
 
 
-def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
+def norm_lm_head(x: Tensor, norm: Norm, lm_head: LinearWeight) -> Tensor:
     """Final RMSNorm and LM head: x [num_tokens, hidden_size] -> logits [num_tokens, vocab_size], fp32."""
-    return _linear("norm_lm_head", x, lm_head, norm=norm, epilogue=_STORE_FLOAT)
+    return _linear("norm_lm_head", x, lm_head, norm, _STORE_FLOAT)

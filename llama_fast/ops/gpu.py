@@ -30,7 +30,7 @@ from llama_fast.ops.shared import copy_pages, embed
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages
-    from llama_fast.model.llama import RMSNorm
+    from llama_fast.model.llama import Norm
     from llama_fast.ops.reference_int4 import Int4Weight
 
 __all__ = [
@@ -167,7 +167,7 @@ def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:
 # --- ops of the graph ------------------------------------------------------------------------------------------------
 
 
-def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
+def norm_qkv_rope_cache(x: Tensor, norm: Norm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
     """RMSNorm, q/k/v projection, RoPE, cache write: x [num_tokens, hidden_size] -> q [num_tokens, heads, head_dim]."""
     packed = linear(rms_norm(x, norm.weight, norm.eps), qkv, batch.generated)
     num_kv_heads, head_dim = pages.k.shape[1], pages.k.shape[3]
@@ -181,7 +181,7 @@ def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor, batch: Ba
     return linear_kernel.linear(x, weight.weight, weight.bias, residual=residual)
 
 
-def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight, batch: Batch) -> Tensor:
+def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch) -> Tensor:
     """RMSNorm, gate and up projection, activation(gate) * up -> [num_tokens, intermediate_size]."""
     normed = rms_norm(x, norm.weight, norm.eps)
     activation = gate_up.activation or "silu"
@@ -190,7 +190,7 @@ def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight, batch: Bat
     return silu_mul(linear(normed, gate_up, batch.generated), activation)
 
 
-def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
+def norm_lm_head(x: Tensor, norm: Norm, lm_head: LinearWeight) -> Tensor:
     """Final RMSNorm and LM head: x [num_tokens, hidden_size] -> logits [num_tokens, vocab_size], fp32."""
     normed = rms_norm(x, norm.weight, norm.eps)
     return linear_kernel.linear(normed, lm_head.weight, lm_head.bias, out_dtype=torch.float32)

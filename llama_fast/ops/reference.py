@@ -26,7 +26,7 @@ from llama_fast.ops.shared import copy_pages, embed
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages
-    from llama_fast.model.llama import RMSNorm
+    from llama_fast.model.llama import Norm
 
 __all__ = [
     "ROLES_SHARE_RUNS",
@@ -196,7 +196,7 @@ def rope_and_cache(q: Tensor, k: Tensor, v: Tensor, batch: Batch, pages: LayerPa
 # --- ops of the graph, composed from the primitives ------------------------------------------------------------------
 
 
-def norm_qkv_rope_cache(x: Tensor, norm: RMSNorm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
+def norm_qkv_rope_cache(x: Tensor, norm: Norm, qkv: LinearWeight, batch: Batch, pages: LayerPages) -> Tensor:
     """RMSNorm, q/k/v projection, RoPE, cache write: x [num_tokens, hidden_size] -> q [num_tokens, heads, head_dim]."""
     packed = linear(rms_norm(x, norm.weight, norm.eps), qkv, batch.generated)
     num_kv_heads, head_dim = pages.k.shape[1], pages.k.shape[3]
@@ -211,12 +211,12 @@ def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor, batch: Ba
     return residual + linear(x, weight, batch.generated)
 
 
-def norm_gate_up_act(x: Tensor, norm: RMSNorm, gate_up: LinearWeight, batch: Batch) -> Tensor:
+def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch) -> Tensor:
     """RMSNorm, gate and up projection, activation(gate) * up -> [num_tokens, intermediate_size]."""
     return silu_mul(linear(rms_norm(x, norm.weight, norm.eps), gate_up, batch.generated), gate_up.activation or "silu")
 
 
-def norm_lm_head(x: Tensor, norm: RMSNorm, lm_head: LinearWeight) -> Tensor:
+def norm_lm_head(x: Tensor, norm: Norm, lm_head: LinearWeight) -> Tensor:
     """Final RMSNorm and LM head: x [num_tokens, hidden_size] -> logits [num_tokens, vocab_size], fp32 (fp64 for fp64).
 
     The normed hidden state is rounded to the activation dtype; products are summed and kept in fp32.
