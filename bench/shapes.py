@@ -15,8 +15,21 @@ _LLAMA_3_2_1B = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
+# A vocabulary that leaves the layers, not the LM head, most of the time; RoPE without scaling, which GGUF says in one
+# number. 1.04 billion parameters.
+_LLAMA_1B_32K = {
+    **_LLAMA_3_2_1B,
+    "vocab_size": 32000,
+    "head_dim": 64,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+}
 _TINY = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-SHAPES: dict[str, dict[str, Any]] = {"llama-3.2-1b": _LLAMA_3_2_1B, "tiny": {**_LLAMA_3_2_1B, **_TINY}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": _LLAMA_3_2_1B,
+    "llama-1b-32k": _LLAMA_1B_32K,
+    "tiny": {**_LLAMA_3_2_1B, **_TINY},
+}
 
 
 def write_checkpoint(folder: Path, shape: str, seed: int) -> None:

@@ -7,7 +7,10 @@ from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.model.llama import LlamaLM
-from llama_fast.ops import reference
+from llama_fast.ops import select_backend
+
+# The module whose functions an engine without `backend` calls here.
+OPS = select_backend("auto", torch.device("cpu"))
 
 
 class RecordingEngine(Engine):
@@ -69,7 +72,7 @@ def make_request(model, prompt, index=0, *, max_seq_len=256, defaults=None, toke
 
 def fail_at(monkeypatch, op_name, call, error):
     """The `call`-th use of an op (from 1) raises `error`; Ctrl-C is a KeyboardInterrupt wherever Python stands."""
-    op, calls = getattr(reference, op_name), []
+    op, calls = getattr(OPS, op_name), []
 
     def failing(*args, **kwargs):
         calls.append(op_name)
@@ -77,4 +80,4 @@ def fail_at(monkeypatch, op_name, call, error):
             raise error("injected")
         return op(*args, **kwargs)
 
-    monkeypatch.setattr(reference, op_name, failing)
+    monkeypatch.setattr(OPS, op_name, failing)

@@ -3,20 +3,19 @@
 // x / sqrt(mean(x^2) + eps), rounded to T, times weight: llama_fast/ops/reference.py's order.
 template <class T>
 void norm_row(const T* x, const T* weight, float eps, int64_t width, T* out) {
-    // Many: short chains of additions lose less than long ones, and none waits for the last.
-    constexpr int kSums = 8;
-    Floats sums[kSums];
-    for (Floats& sum : sums) sum = Vec::zero();
-    int index = 0;
-    for_lanes(width, [&](int64_t i, auto load, auto) {
-        const Floats value = load(x + i);
-        sums[index] = Vec::multiply_add(value, value, sums[index]);
-        index = (index + 1) % kSums;
-    });
-    for (int half = kSums / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) sums[i] = Vec::add(sums[i], sums[i + half]);
+    // Sums of 16 registers each before they are added: an outlier's square takes few small ones' last bits.
+    Floats total = Vec::zero();
+    for (int64_t first = 0; first < width; first += 16 * kLanes) {
+        Floats sums[2] = {Vec::zero(), Vec::zero()};  // two, or every addition would wait for the last
+        int index = 0;
+        for_lanes(std::min<int64_t>(16 * kLanes, width - first), [&](int64_t i, auto load, auto) {
+            const Floats value = load(x + first + i);
+            sums[index & 1] = Vec::multiply_add(value, value, sums[index & 1]);
+            ++index;
+        });
+        total = Vec::add(total, Vec::add(sums[0], sums[1]));
     }
-    const float mean = Vec::sum(sums[0]) / static_cast<float>(width);
+    const float mean = Vec::sum(total) / static_cast<float>(width);
     const Floats scale = Vec::broadcast(1.0f / std::sqrt(mean + eps));
     for_lanes(width, [&](int64_t i, auto load, auto store) {
         store(out + i, Vec::mul(rounded<T>(Vec::mul(load(x + i), scale)), load(weight + i)));

@@ -3,9 +3,8 @@
 // Sums     One register of partial sums an output, taken over in_features in order and summed across its lanes once at
 //          the end. The tile around an output only decides which others are computed beside it: a row's bits are the
 //          same for any number of rows or threads, so one kernel serves prompt and generated tokens.
-// Traffic  Threads take blocks of outputs whose weights fit L2: every weight is read from memory once for kGroupRows
-// rows. Routes   x is normed and laid out as registers in the order in which a tile reads them. For few rows the
-// weights are
+// Traffic  Threads take blocks of outputs whose weights fit L2: for kGroupRows rows a weight is read from memory once.
+// Routes   x is normed and laid out as registers in the order in which a tile reads them. For few rows the weights are
 //          read where they lie; for many they are laid out likewise, a block at a time: widened once, not once a row
 //          tile, and free of rows that compete for the same cache sets (in_features is often a power of two).
 // Rounding As llama_fast/ops/reference.py: to T where an unfused op would store.

@@ -78,6 +78,7 @@ class Engine:
                 "max_seq_len=%d goes beyond the %d tokens the model is made for", self.max_seq_len, context_len
             )
         self.model = model
+        self._device_type = model.device.type
         self.ops = select_backend(backend, model.device, model.dtype)
         self.ops.check_cache(model.config.head_dim, page_size, model.dtype, model.device)
         self.max_batch = max_batch
@@ -166,7 +167,11 @@ class Engine:
         """One run of the graph over the scheduled tokens, then one token for every sequence that is due."""
         # The caller's contexts must not reach the graph: autocast changes its arithmetic, and a tensor made in
         # inference mode cannot be written by a later step outside of it.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self._device_type):
+            with torch.inference_mode(False), torch.autocast(self._device_type, enabled=False), torch.no_grad():
+                return self._step()
+        # Entering those two for nothing would take a twentieth of a small model's step.
+        with torch.no_grad():
             return self._step()
 
     def _step(self) -> list[Sample]:

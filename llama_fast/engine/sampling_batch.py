@@ -41,8 +41,8 @@ class SamplingTensors:
         prompt_mask = output_counts = bias = None
         if self._penalized:
             counts = [sample.token_counts(self._vocab_size, self._device) for sample in samples]
-            prompt_mask = torch.stack([in_prompt for in_prompt, _ in counts])
-            output_counts = torch.stack([generated for _, generated in counts])
+            prompt_mask = _stacked([in_prompt for in_prompt, _ in counts])
+            output_counts = _stacked([generated for _, generated in counts])
         biases = [sample.bias(self._vocab_size, self._device) for sample in samples]
         if any(row is not None for row in biases):
             neutral = torch.zeros(self._vocab_size, dtype=torch.float32, device=self._device)
@@ -72,3 +72,8 @@ class SamplingTensors:
 
     def _tensor(self, values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """[B, vocab_size]; a single row is not copied."""
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)

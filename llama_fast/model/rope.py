@@ -154,7 +154,7 @@ class RotaryEmbedding:
             # Doubled: a growing sequence makes it anew a few times.
             every = torch.arange(max(1024, 1 << (longest - 1).bit_length()), device=positions.device)
             table = self._cos_sin[positions.device] = self._computed(every, every)
-        return table[0][positions], table[1][positions]
+        return table[0].index_select(0, positions), table[1].index_select(0, positions)
 
     def _computed(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[:, None].to(torch.float32) * self.inv_freq(rope_lens)

@@ -104,16 +104,15 @@ def _linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     x = _input(op, x, weight)
-    norm_weight, eps = _norm(op, norm, weight)
+    # Held until the kernel has run: it may be a copy.
+    norm_weight = None if norm is None else norm_weight_of(op, norm.weight, weight.dtype, weight.in_features)
     num_tokens, out_features = x.shape[0], weight.out_features
-    residual_address = 0
-    if epilogue == _GATE_UP:
-        out_features //= 2
-    elif residual is not None:
+    if residual is not None:
         residual = rows(op, "residual", residual, weight.dtype, out_features).contiguous()
         if residual.shape[0] != num_tokens:
             raise KernelArgumentError(f"{op}: residual {tuple(residual.shape)} does not fit {num_tokens} tokens of x")
-        residual_address = residual.data_ptr()
+    if epilogue == _GATE_UP:
+        out_features //= 2
     dtype = torch.float32 if epilogue == _STORE_FLOAT else weight.dtype
     out = torch.empty((num_tokens, out_features), dtype=dtype, device=_CPU)
     _C.linear(
@@ -122,10 +121,10 @@ def _linear(
         x.stride(0),
         num_tokens,
         0 if norm_weight is None else norm_weight.data_ptr(),
-        eps,
+        0.0 if norm is None else norm.eps,
         epilogue,
         activation,
-        residual_address,
+        0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -136,12 +135,6 @@ def _input(op: str, x: Tensor, weight: LinearWeight) -> Tensor:
     if weight.trainable and torch.is_grad_enabled():
         raise KernelArgumentError(f"{op}: a weight requires grad; kernels are inference-only, use backend='reference'")
     return rows(op, "x", x, weight.dtype, weight.in_features)
-
-
-def _norm(op: str, norm: Norm | None, weight: LinearWeight) -> tuple[Tensor | None, float]:
-    if norm is None:
-        return None, 0.0
-    return norm_weight_of(op, norm.weight, weight.dtype, weight.in_features), norm.eps
 
 
 # --- primitives ------------------------------------------------------------------------------------------------------
@@ -408,7 +401,7 @@ def norm_qkv_rope_cache(x: Tensor, norm: Norm, qkv: LinearWeight, batch: Batch, 
     places, num_tokens = places_of(_C, op, batch, pages)
     cache, num_kv_heads, head_dim = pages_of(_C, op, pages, qkv.dtype)
     x = _input(op, x, qkv)
-    norm_weight, eps = _norm(op, norm, qkv)
+    norm_weight = norm_weight_of(op, norm.weight, qkv.dtype, qkv.in_features)
     num_heads = qkv.out_features // head_dim - 2 * num_kv_heads
     if x.shape[0] != num_tokens or qkv.out_features % head_dim or num_heads < 1:
         raise KernelArgumentError(
@@ -421,8 +414,8 @@ def norm_qkv_rope_cache(x: Tensor, norm: Norm, qkv: LinearWeight, batch: Batch, 
         qkv.native,
         x.data_ptr(),
         x.stride(0),
-        0 if norm_weight is None else norm_weight.data_ptr(),
-        eps,
+        norm_weight.data_ptr(),
+        norm.eps,
         num_heads,
         cos.data_ptr(),
         sin.data_ptr(),

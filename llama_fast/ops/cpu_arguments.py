@@ -44,7 +44,7 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 def rows(op: str, name: str, tensor: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     """`tensor` [num_tokens, width] with contiguous columns; rows may be strided."""
-    if _plain(tensor, dtype) and tensor.shape[1:] == (width,) and tensor.is_contiguous():
+    if _plain(tensor, dtype) and tensor.ndim == 2 and tensor.shape[1] == width and tensor.is_contiguous():
         return tensor
     check(op, name, tensor, dtype, 2)
     if tensor.shape[1] != width:

@@ -22,10 +22,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llama_fast.ops.native import native
 from tests.bad_inputs import harness
 
 KERNEL_MODULES = ("f_kernels",)
 MODULES = ("a_config", "b_safetensors", "c_index", "d_tokenizer", "e_templates", "g_generation", "h_cache")
+# Not where the native kernels were not built.
+NATIVE_MODULES = ("f_cpu",) if native()[0] is not None else ()
 # Wall clock of an entry, a multiple of the second that a refusal may take: several are tried in one entry.
 LIMIT_S = 30.0
 SPARE_ADDRESS_SPACE = 2 << 30
@@ -98,7 +101,7 @@ def _outcome(pid: int, report: int, fault: Path, limit_s: float) -> str | None:
 
 def main() -> None:
     """Answer the names on stdin until it ends."""
-    known = entries(KERNEL_MODULES if os.environ.get("TRITON_INTERPRET") == "1" else MODULES)
+    known = entries(KERNEL_MODULES if os.environ.get("TRITON_INTERPRET") == "1" else (*MODULES, *NATIVE_MODULES))
     gc.collect()
     gc.freeze()  # else each collection in a child scans all that is preloaded
     answers = os.fdopen(os.dup(1), "w")

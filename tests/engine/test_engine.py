@@ -26,8 +26,7 @@ from llama_fast.errors import (
     OutOfMemoryError,
     RequestError,
 )
-from llama_fast.ops import reference
-from tests.tiny import RecordingEngine, fail_at, make_model, make_request
+from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request
 
 PAGE, SPLIT = 8, 32  # small, so that short prompts cross pages and splits
 VOCAB = 97
@@ -380,7 +379,7 @@ def test_five_ops_a_layer_and_one_token_a_running_sequence(tiny, monkeypatch):
     calls, token_counts = collections.Counter(), []
 
     def count(name):
-        op = getattr(reference, name)
+        op = getattr(OPS, name)
 
         def counting(*args, **kwargs):
             calls[name] += 1
@@ -388,7 +387,7 @@ def test_five_ops_a_layer_and_one_token_a_running_sequence(tiny, monkeypatch):
                 token_counts.append(args[0].numel())
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(reference, name, counting)
+        monkeypatch.setattr(OPS, name, counting)
 
     layer_ops = ("norm_qkv_rope_cache", "attention", "linear_residual", "norm_gate_up_act")
     for name in (*layer_ops, "embed", "norm_lm_head", "sample", "log_probs", "copy_pages", "prepare_linear"):
@@ -513,7 +512,7 @@ def _assert_refused(engine, requests, error, message, monkeypatch):
     """Nothing ran, no page is taken, and the engine still serves."""
     ran = []
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "embed", lambda *args: ran.append(args))
+        patch.setattr(OPS, "embed", lambda *args: ran.append(args))
         with pytest.raises(error, match=message):
             next(engine.run(requests))
     assert not ran

@@ -11,6 +11,7 @@ from llama_fast import LlamaConfig, LlamaTokenizer, SamplingParams, demo
 from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.engine.info import _GENERATION_DEFAULTS, Entry, model_info
 from llama_fast.model.checkpoint_files import CheckpointFiles
+from llama_fast.ops import describe_backend, select_backend
 from tests.byte_model import save_byte_model
 
 TINY = {
@@ -255,6 +256,13 @@ def test_what_is_wrong_is_told_beside_the_rest(tmp_path, name, content, problem)
     info = model_info(tmp_path)
     (told,) = info.problems
     assert problem in told
-    assert list(info.sections) == ["model", "rope", "generation", "tokenizer", "weights"]
+    assert list(info.sections) == ["model", "rope", "generation", "tokenizer", "weights", "machine"]
     if content != "{":
         assert info.sections["model"]["vocab_size"] == Entry(300, "config.json")
+
+
+def test_the_machine_says_what_would_run(tmp_path):
+    machine = model_info(write(tmp_path, **TINY)).sections["machine"]
+    assert machine["backend"] == Entry(describe_backend(torch.device(machine["device"].value)), "this machine")
+    served = select_backend("auto", torch.device(machine["device"].value)).__name__.rpartition(".")[2]
+    assert machine["backend"].value.startswith(f"{served}: ")

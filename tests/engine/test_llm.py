@@ -21,9 +21,8 @@ from llama_fast.errors import (
     NonFiniteLogitsError,
     RequestError,
 )
-from llama_fast.ops import reference
 from llama_fast.tokenizer import LlamaTokenizer
-from tests.tiny import fail_at, randomize
+from tests.tiny import OPS, fail_at, randomize
 from tests.tokenizer_samples import BUILT, NAMES, save_folder
 
 ENGINE = {"max_batch": 8, "page_size": 8, "split_size": 32}
@@ -117,8 +116,8 @@ def _whole(outputs):
 
 def _run_counter(monkeypatch):
     runs = []
-    embed = reference.embed
-    monkeypatch.setattr(reference, "embed", lambda *args: runs.append(args[0].tolist()) or embed(*args))
+    embed = OPS.embed
+    monkeypatch.setattr(OPS, "embed", lambda *args: runs.append(args[0].tolist()) or embed(*args))
     return runs
 
 

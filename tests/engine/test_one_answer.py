@@ -1,4 +1,4 @@
-"""One answer: the same request gives the same bits alone, in any batch, order, slot and chunking."""
+"""One answer of the reference backend: a request has the same bits alone, in any batch, order, slot and chunking."""
 
 import random
 
@@ -35,6 +35,7 @@ SPECS = _specs()
 def _run(model, order, *, max_batch=64, prefill_chunk=512, max_seq_len=256):
     engine = RecordingEngine(
         model,
+        backend="reference",  # the CPU's kernels: tests/ops/test_cpu_one_answer.py
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
         page_size=PAGE,
@@ -120,7 +121,7 @@ def test_samples_of_one_request_equal_their_own_requests(model):
     """Sample k forks off a shared prompt; alone it would have started from a prompt of its own."""
     prompt = SPECS[13][0]
     params = {"max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": 5}
-    engine = RecordingEngine(model, max_batch=8, page_size=PAGE, split_size=SPLIT)
+    engine = RecordingEngine(model, backend="reference", max_batch=8, page_size=PAGE, split_size=SPLIT)
     four = engine.generate([make_request(model, prompt, n=4, **params)])
     two = engine.generate([make_request(model, prompt, n=2, **params)])
     _assert_same(two, four)

@@ -205,7 +205,8 @@ def test_a_step_takes_at_most_what_is_planned(
     fields = {"hidden_size": 128, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
     fields |= {"vocab_size": 2000, "max_position_embeddings": 4096, **changes}
     model = make_model(dtype, **fields)
-    engine = Engine(model, max_batch=max_batch, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+    sizes = {"max_batch": max_batch, "max_seq_len": max_seq_len, "prefill_chunk": prefill_chunk}
+    engine = Engine(model, backend="reference", **sizes)
     new_tokens = min(6, max_seq_len - prompt_len)
     requests = [
         make_request(model, range(prompt_len), index, max_seq_len=4096, max_tokens=new_tokens, **params)

@@ -199,6 +199,8 @@ def assert_within_bound(got, q, contents, batch):
     unit, starts = torch.finfo(torch.float32).eps / 2, batch.query_starts.tolist()
     for row, (keys, values) in enumerate(contents):
         rows = slice(starts[row], starts[row + 1])
+        if not len(q[rows]):
+            continue
         group, scale = q.shape[1] // keys.shape[1], q.shape[2] ** -0.5
         queries, length = q[rows].double(), len(keys)
         keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
@@ -451,7 +453,9 @@ def assert_prefill_is_decode(q, contents, sequences, sizes, device):
 
 
 only_where_routes_agree = pytest.mark.skipif(
-    not INTERPRETED and configs.table_of(torch.device("cuda")) not in configs.PREFILL_EQUALS_DECODE,
+    not INTERPRETED
+    and torch.cuda.is_available()
+    and configs.table_of(torch.device("cuda")) not in configs.PREFILL_EQUALS_DECODE,
     reason="not shown on this architecture",
 )
 LAST_TOKENS = [(1, length - 1) for length in (1, 16, 17, 33, 100, 260)]

@@ -1,5 +1,6 @@
 """The reference ops against independent formulas, and row invariance of each."""
 
+import importlib
 import inspect
 
 import pytest
@@ -10,11 +11,12 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_fast import config, ops
-from llama_fast.errors import BackendError, UnsupportedError
+from llama_fast.errors import BackendError
 from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import LayerPages
 from llama_fast.ops import gpu, reference
 from llama_fast.ops.activations import ACTIVATIONS
+from llama_fast.ops.native import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -268,6 +270,8 @@ def _shape(function):
 
 def test_backends_export_the_same_names_and_signatures():
     backends = [reference, gpu]
+    if native()[0] is not None:
+        backends.append(importlib.import_module("llama_fast.ops.cpu"))
     for backend in backends:
         assert set(backend.__all__) == set(reference.__all__)
         for name in reference.__all__:
@@ -278,7 +282,7 @@ def test_backends_export_the_same_names_and_signatures():
 def test_select_backend_refuses_by_name():
     with pytest.raises(BackendError, match="'auto', 'reference', 'cpu', 'gpu'|auto, reference, cpu, gpu"):
         ops.select_backend("tpu", torch.device("cpu"))
-    with pytest.raises(UnsupportedError, match="backend='cpu'"):
-        ops.select_backend("cpu", torch.device("cpu"))
     with pytest.raises(BackendError, match="backend='gpu' cannot run: the device is cpu"):
         ops.select_backend("gpu", torch.device("cpu"))
+    with pytest.raises(BackendError, match="backend='cpu' cannot run: the device is meta"):
+        ops.select_backend("cpu", torch.device("meta"))
