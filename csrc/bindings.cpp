@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <vector>
+
 #include "cpu/calls.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
@@ -17,6 +20,105 @@ using Address = uintptr_t;
 template <class T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+// A decoder layer's weights; the objects they come from outlive it (llama_fast/ops/cpu_layers.py holds them).
+struct Layer {
+    const LinearWeight *qkv, *o, *gate_up, *down;
+    Norm attention_norm, mlp_norm;
+    Activation activation;
+};
+
+// Memory between the kernels of a layer: the calling thread's, kept from call to call.
+class Workspace {
+   public:
+    char* take(int64_t bytes) {
+        const int64_t start = used_;
+        used_ += (bytes + 63) / 64 * 64;
+        return base_ == nullptr ? nullptr : base_ + start;
+    }
+    // Room for what was taken so far, from the start; uninitialised.
+    void provide() {
+        if (used_ > size_) {
+            memory_.reset(new char[used_ + 64]);
+            size_ = used_;
+        }
+        base_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+        used_ = 0;
+    }
+    void start() {
+        base_ = nullptr;
+        used_ = 0;
+    }
+
+   private:
+    std::unique_ptr<char[]> memory_;
+    char* base_ = nullptr;
+    int64_t size_ = 0, used_ = 0;
+};
+
+Workspace& workspace() {
+    thread_local Workspace space;
+    return space;
+}
+
+struct Rotation {
+    const float *cos, *sin;
+    int64_t dim;
+};
+
+// RMSNorm, q, k, v, RoPE, cache write; `packed` is where q, k and v lie in between.
+void norm_qkv_rope_cache(const LinearWeight& weight, const void* x, int64_t x_stride, Norm norm, int64_t num_heads,
+                         const Rotation& rotation, const Places& places, const Pages& pages, char* packed, void* q_out,
+                         int num_threads) {
+    const int64_t row = weight.out_features(), item = item_size(weight.dtype);
+    char* k = packed + num_heads * pages.head_dim * item;
+    char* v = k + pages.num_kv_heads * pages.head_dim * item;
+    LinearCall linear{&weight, x, x_stride, places.num_tokens, norm};
+    linear.out = packed;
+    linear.num_threads = num_threads;
+    kernels().linear(linear);
+    kernels().rope_and_cache({weight.dtype, packed, k, v, row, row, row, num_heads, rotation.cos, rotation.sin,
+                              rotation.dim, places, pages, q_out, num_threads});
+}
+
+// The five ops of each layer (llama_fast/model/llama.py) on x [num_tokens, hidden_size], in place.
+void run_layers(const std::vector<const Layer*>& layers, const std::vector<const Pages*>& pages, void* x,
+                int64_t num_heads, int64_t split_size, const Rotation& rotation, const Places& places,
+                int num_threads) {
+    const int64_t tokens = places.num_tokens;
+    for (size_t index = 0; index < layers.size(); ++index) {
+        const Layer& layer = *layers[index];
+        const DType dtype = layer.qkv->dtype;
+        const int64_t item = item_size(dtype), hidden = layer.qkv->in_features, inner = layer.down->in_features;
+        const int64_t attended = num_heads * pages[index]->head_dim;
+        Workspace& space = workspace();
+        char *packed, *q, *attention, *gated;
+        for (const bool measured : {false, true}) {
+            measured ? space.provide() : space.start();
+            packed = space.take(tokens * layer.qkv->out_features() * item);
+            q = space.take(tokens * attended * item);
+            attention = space.take(tokens * attended * item);
+            gated = space.take(tokens * inner * item);
+        }
+        norm_qkv_rope_cache(*layer.qkv, x, hidden, layer.attention_norm, num_heads, rotation, places, *pages[index],
+                            packed, q, num_threads);
+        kernels().attention({dtype, q, attended, num_heads, split_size, places, *pages[index], attention, num_threads});
+        LinearCall o{layer.o, attention, attended, tokens, {}};
+        o.epilogue = Epilogue::add_residual;
+        o.residual = o.out = x;
+        LinearCall gate_up{layer.gate_up, x, hidden, tokens, layer.mlp_norm};
+        gate_up.epilogue = Epilogue::gate_up;
+        gate_up.activation = layer.activation;
+        gate_up.out = gated;
+        LinearCall down{layer.down, gated, inner, tokens, {}};
+        down.epilogue = Epilogue::add_residual;
+        down.residual = down.out = x;
+        for (LinearCall* call : {&o, &gate_up, &down}) {
+            call->num_threads = num_threads;
+            kernels().linear(*call);
+        }
+    }
 }
 
 using without_gil = py::call_guard<py::gil_scoped_release>;
@@ -113,19 +215,34 @@ PYBIND11_MODULE(_C, module) {
         [](const LinearWeight& weight, Address x, int64_t x_stride, Address norm, float eps, int64_t num_heads,
            Address cos, Address sin, int64_t rotary_dim, const Places& places, const Pages& pages, Address q_out,
            int num_threads) {
-            // Between the two kernels only: the calling thread's, kept from layer to layer.
-            thread_local std::vector<char> memory;
-            const int64_t row = weight.out_features(), item = weight.dtype == DType::float32 ? 4 : 2;
-            memory.resize(places.num_tokens * row * item);
-            char* q = memory.data();
-            char* k = q + num_heads * pages.head_dim * item;
-            char* v = k + pages.num_kv_heads * pages.head_dim * item;
-            LinearCall linear{&weight, at<void>(x), x_stride, places.num_tokens, {at<void>(norm), eps}};
-            linear.out = q;
-            linear.num_threads = num_threads;
-            kernels().linear(linear);
-            kernels().rope_and_cache({weight.dtype, q, k, v, row, row, row, num_heads, at<float>(cos), at<float>(sin),
-                                      rotary_dim, places, pages, at<void>(q_out), num_threads});
+            Workspace& space = workspace();
+            space.start();
+            space.take(places.num_tokens * weight.out_features() * item_size(weight.dtype));
+            space.provide();
+            norm_qkv_rope_cache(weight, at<void>(x), x_stride, {at<void>(norm), eps}, num_heads,
+                                {at<float>(cos), at<float>(sin), rotary_dim}, places, pages, space.take(0),
+                                at<void>(q_out), num_threads);
+        },
+        without_gil());
+    py::class_<Layer>(module, "Layer", "A decoder layer's weights.")
+        .def(py::init([](const LinearWeight* qkv, const LinearWeight* o, const LinearWeight* gate_up,
+                         const LinearWeight* down, Address attention_norm, float attention_eps, Address mlp_norm,
+                         float mlp_eps, int activation) {
+            return Layer{qkv,
+                         o,
+                         gate_up,
+                         down,
+                         {at<void>(attention_norm), attention_eps},
+                         {at<void>(mlp_norm), mlp_eps},
+                         static_cast<Activation>(activation)};
+        }));
+    module.def(
+        "run_layers",
+        [](const std::vector<const Layer*>& layers, const std::vector<const Pages*>& pages, Address x,
+           int64_t num_heads, int64_t split_size, Address cos, Address sin, int64_t rotary_dim, const Places& places,
+           int num_threads) {
+            run_layers(layers, pages, at<void>(x), num_heads, split_size, {at<float>(cos), at<float>(sin), rotary_dim},
+                       places, num_threads);
         },
         without_gil());
     module.def(

@@ -7,7 +7,7 @@ from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.model.llama import LlamaLM
-from llama_fast.ops import select_backend
+from llama_fast.ops import select_backend, shared
 
 # The module whose functions an engine without `backend` calls here.
 OPS = select_backend("auto", torch.device("cpu"))
@@ -70,6 +70,15 @@ def make_request(model, prompt, index=0, *, max_seq_len=256, defaults=None, toke
     return Request(None, list(prompt), resolved, tokenizer, index)
 
 
+def op_by_op(monkeypatch, ops=OPS):
+    """The layers call the module's functions, which a test may have replaced, and not one native function for all."""
+
+    def run_layers(layers, x, batch, cache):
+        return shared.run_layers(getattr(layers, "layers", layers), x, batch, cache)
+
+    monkeypatch.setattr(ops, "run_layers", run_layers)
+
+
 def fail_at(monkeypatch, op_name, call, error):
     """The `call`-th use of an op (from 1) raises `error`; Ctrl-C is a KeyboardInterrupt wherever Python stands."""
     op, calls = getattr(OPS, op_name), []
@@ -80,4 +89,5 @@ def fail_at(monkeypatch, op_name, call, error):
             raise error("injected")
         return op(*args, **kwargs)
 
+    op_by_op(monkeypatch)
     monkeypatch.setattr(OPS, op_name, failing)

@@ -17,6 +17,8 @@ struct fp16 {
 
 enum class DType : int { bfloat16 = 0, float16 = 1, float32 = 2 };
 
+constexpr int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 // Names and order of llama_fast/ops/cpu.py's table; aliases are resolved there.
 enum class Activation : int {
     silu,

@@ -122,12 +122,17 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def prepare(self, ops: ModuleType) -> None:
+        """Let the backend make its weights of every layer that the configuration counts."""
+        layers = [cast(DecoderLayer, layer) for layer in islice(self.layers, self.config.num_hidden_layers)]
+        for layer in layers:
+            layer.prepare(ops)
+        self.prepared_layers: Any = ops.prepare_layers(layers)
+
     def run(self, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Hidden states [num_tokens, hidden_size] after the last layer, before the final norm; fills the cache."""
         x = batch.ops.embed(batch.token_ids, self.embed_tokens)
-        for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            x = layer(x, batch, cache.layer(index))
-        return x
+        return batch.ops.run_layers(self.prepared_layers, x, batch, cache)
 
 
 class LlamaLM(nn.Module):
@@ -172,8 +177,7 @@ class LlamaLM(nn.Module):
         """Make the backend's weights anew if a parameter or the backend changed since the last call."""
         if self._prepared == (ops.__name__, self._versions()):
             return
-        for layer in self.model.layers:
-            cast(DecoderLayer, layer).prepare(ops)
+        self.model.prepare(ops)
         self.prepared_head: Any = ops.prepare_linear([self.lm_head])
         self.prepared_norm = self.model.norm.prepare()
         # Taken again: a backend may have joined parameters and made them views of the whole.

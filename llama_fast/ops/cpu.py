@@ -6,6 +6,7 @@ beside its sequence. torch.set_num_threads says how many threads run; their numb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,16 +26,18 @@ from llama_fast.ops.cpu_arguments import (
     rotation,
     rows,
 )
-from llama_fast.ops.cpu_linear import LinearWeight, prepare_linear
+from llama_fast.ops.cpu_layers import NativeLayers, native_layers, native_pages
+from llama_fast.ops.cpu_linear import ACTIVATION_NUMBERS, LinearWeight, prepare_linear
 from llama_fast.ops.native import required
 from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import SamplingBatch, check_logits, check_sampling
 from llama_fast.ops.shared import copy_pages, embed
+from llama_fast.ops.shared import run_layers as run_ops
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
-    from llama_fast.model.kv_cache import LayerPages
-    from llama_fast.model.llama import Norm
+    from llama_fast.model.kv_cache import LayerPages, PagedKVCache
+    from llama_fast.model.llama import DecoderLayer, Norm
 
 __all__ = [
     "ROLES_SHARE_RUNS",
@@ -50,9 +53,11 @@ __all__ = [
     "norm_lm_head",
     "norm_qkv_rope_cache",
     "prepare_int4",
+    "prepare_layers",
     "prepare_linear",
     "rms_norm",
     "rope_and_cache",
+    "run_layers",
     "sample",
     "silu_mul",
 ]
@@ -62,25 +67,6 @@ ROLES_SHARE_RUNS = True
 
 _C = required()
 
-# In the order of csrc/cpu/calls.h.
-_ACTIVATIONS = {
-    "silu": 0,
-    "swish": 0,
-    "gelu": 1,
-    "gelu_new": 2,
-    "gelu_pytorch_tanh": 2,
-    "gelu_fast": 2,
-    "laplace": 3,
-    "leaky_relu": 4,
-    "linear": 5,
-    "mish": 6,
-    "quick_gelu": 7,
-    "relu": 8,
-    "relu2": 9,
-    "relu6": 10,
-    "sigmoid": 11,
-    "tanh": 12,
-}
 _CPU = torch.device("cpu")
 _STORE, _ADD_RESIDUAL, _GATE_UP, _STORE_FLOAT = range(4)
 
@@ -199,13 +185,15 @@ def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:
         raise KernelArgumentError(f"silu_mul: gate_up must have an even width; got {tuple(gate_up.shape)}")
     if not isinstance(activation, str):
         return reference.silu_mul(gate_up, activation)
-    if activation not in _ACTIVATIONS:
-        raise KernelArgumentError(f"silu_mul: activation={activation!r}; accepted: {', '.join(sorted(_ACTIVATIONS))}")
+    if activation not in ACTIVATION_NUMBERS:
+        raise KernelArgumentError(
+            f"silu_mul: activation={activation!r}; accepted: {', '.join(sorted(ACTIVATION_NUMBERS))}"
+        )
     gate_up = rows("silu_mul", "gate_up", gate_up, gate_up.dtype, gate_up.shape[1])
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = _empty(num_tokens, width, dtype=gate_up.dtype)
     args = (gate_up.data_ptr(), gate_up.stride(0), num_tokens, width, out.data_ptr(), torch.get_num_threads())
-    _C.silu_mul(DTYPES[gate_up.dtype], _ACTIVATIONS[activation], *args)
+    _C.silu_mul(DTYPES[gate_up.dtype], ACTIVATION_NUMBERS[activation], *args)
     return out
 
 
@@ -281,11 +269,7 @@ def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
     cache, num_kv_heads, head_dim = pages_of(_C, op, pages, dtype)
     q = heads(op, "q", q, dtype, num_tokens, head_dim)
     num_heads, split_size = q.shape[1], batch.split_size
-    if num_kv_heads == 0 or num_heads % num_kv_heads or split_size < 1 or split_size % pages.page_size:
-        raise KernelArgumentError(
-            f"{op}: {num_heads} heads must be a multiple of the cache's {num_kv_heads}, and split_size={split_size} "
-            f"of its page_size={pages.page_size}"
-        )
+    _check_heads(op, num_heads, num_kv_heads, batch, pages.page_size)
     out = _empty(num_tokens, num_heads * head_dim, dtype=dtype)
     if num_heads == 0:
         return out
@@ -301,6 +285,14 @@ def attention(q: Tensor, pages: LayerPages, batch: Batch) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def _check_heads(op: str, num_heads: int, num_kv_heads: int, batch: Batch, page_size: int) -> None:
+    if num_kv_heads == 0 or num_heads % num_kv_heads or batch.split_size < 1 or batch.split_size % page_size:
+        raise KernelArgumentError(
+            f"{op}: {num_heads} heads must be a multiple of the cache's {num_kv_heads}, and split_size="
+            f"{batch.split_size} of its page_size={page_size}"
+        )
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -437,7 +429,7 @@ def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch)
     """RMSNorm, gate and up projection, activation(gate) * up -> [num_tokens, intermediate_size]."""
     activation = gate_up.activation or "silu"
     if isinstance(activation, str) and gate_up.pair:
-        number = _ACTIVATIONS[activation]
+        number = ACTIVATION_NUMBERS[activation]
         return _linear("norm_gate_up_act", x, gate_up, norm, _GATE_UP, number)
     return silu_mul(_linear("norm_gate_up_act", x, gate_up, norm), activation)
 
@@ -445,3 +437,52 @@ def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch)
 def norm_lm_head(x: Tensor, norm: Norm, lm_head: LinearWeight) -> Tensor:
     """Final RMSNorm and LM head: x [num_tokens, hidden_size] -> logits [num_tokens, vocab_size], fp32."""
     return _linear("norm_lm_head", x, lm_head, norm, _STORE_FLOAT)
+
+
+def prepare_layers(layers: Sequence[DecoderLayer]) -> NativeLayers:
+    """What `run_layers` takes, of layers that are prepared themselves."""
+    return native_layers(_C, layers)
+
+
+def run_layers(layers: NativeLayers, x: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
+    """Every layer's five ops, in one native call where no layer needs Python; the same bits as op by op.
+
+    Args:
+        x: [num_tokens, hidden_size]; left as it is.
+
+    Returns:
+        [num_tokens, hidden_size]; K and V of the batch's tokens are written into the cache.
+
+    Raises:
+        KernelArgumentError: as the ops.
+    """
+    if not layers.native:
+        return run_ops(layers.layers, x, batch, cache)
+    op, first = "run_layers", layers.weights[0]
+    dtype, hidden_size = first.dtype, first.in_features
+    places, num_tokens = places_of(_C, op, batch, cache.layer(0))
+    pages, num_kv_heads, head_dim = native_pages(_C, cache, len(layers.native), dtype)
+    x = _input(op, x, first)
+    num_heads = layers.weights[1].in_features // head_dim
+    packed = (num_heads + 2 * num_kv_heads) * head_dim
+    _check_heads(op, num_heads, num_kv_heads, batch, cache.page_size)
+    if x.shape[0] != num_tokens or any(weight.out_features != packed for weight in layers.weights[::4]):
+        raise KernelArgumentError(
+            f"{op}: x {tuple(x.shape)} and q, k, v of {first.out_features} do not fit {num_tokens} tokens of the batch "
+            f"and a cache of {num_kv_heads} heads of {head_dim}"
+        )
+    cos, sin = rotation(op, batch, num_tokens, head_dim)
+    out = torch.empty((num_tokens, hidden_size), dtype=dtype, device=_CPU).copy_(x)
+    _C.run_layers(
+        layers.native,
+        pages,
+        out.data_ptr(),
+        num_heads,
+        batch.split_size,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[1],
+        places,
+        torch.get_num_threads(),
+    )
+    return out

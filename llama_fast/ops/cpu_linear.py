@@ -15,6 +15,25 @@ from llama_fast.ops.cpu_arguments import DTYPES, check
 from llama_fast.ops.native import required
 from llama_fast.ops.reference import LinearPart
 
+# In the order of csrc/cpu/calls.h.
+ACTIVATION_NUMBERS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "gelu_fast": 2,
+    "laplace": 3,
+    "leaky_relu": 4,
+    "linear": 5,
+    "mish": 6,
+    "quick_gelu": 7,
+    "relu": 8,
+    "relu2": 9,
+    "relu6": 10,
+    "sigmoid": 11,
+    "tanh": 12,
+}
 # A configuration may hold the function itself instead of its name.
 _NAMES = {function: name for name, function in ACTIVATIONS.items()}
 

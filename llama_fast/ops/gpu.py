@@ -25,7 +25,7 @@ from llama_fast.kernels.sample import sample
 from llama_fast.kernels.silu_mul import silu_mul as silu_mul_kernel
 from llama_fast.ops.activations import Activation
 from llama_fast.ops.reference import LinearPart
-from llama_fast.ops.shared import copy_pages, embed
+from llama_fast.ops.shared import copy_pages, embed, prepare_layers, run_layers
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -47,9 +47,11 @@ __all__ = [
     "norm_lm_head",
     "norm_qkv_rope_cache",
     "prepare_int4",
+    "prepare_layers",
     "prepare_linear",
     "rms_norm",
     "rope_and_cache",
+    "run_layers",
     "sample",
     "silu_mul",
 ]

@@ -21,7 +21,7 @@ from llama_fast.ops.reference_attention import attention
 from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
-from llama_fast.ops.shared import copy_pages, embed
+from llama_fast.ops.shared import copy_pages, embed, prepare_layers, run_layers
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -42,9 +42,11 @@ __all__ = [
     "norm_lm_head",
     "norm_qkv_rope_cache",
     "prepare_int4",
+    "prepare_layers",
     "prepare_linear",
     "rms_norm",
     "rope_and_cache",
+    "run_layers",
     "sample",
     "silu_mul",
 ]

@@ -26,7 +26,7 @@ from llama_fast.errors import (
     OutOfMemoryError,
     RequestError,
 )
-from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request
+from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request, op_by_op
 
 PAGE, SPLIT = 8, 32  # small, so that short prompts cross pages and splits
 VOCAB = 97
@@ -389,6 +389,7 @@ def test_five_ops_a_layer_and_one_token_a_running_sequence(tiny, monkeypatch):
 
         monkeypatch.setattr(OPS, name, counting)
 
+    op_by_op(monkeypatch)
     layer_ops = ("norm_qkv_rope_cache", "attention", "linear_residual", "norm_gate_up_act")
     for name in (*layer_ops, "embed", "norm_lm_head", "sample", "log_probs", "copy_pages", "prepare_linear"):
         count(name)

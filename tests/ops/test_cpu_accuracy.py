@@ -391,7 +391,7 @@ def test_control_accuracy_notices_another_activation(dtype):
 
 
 def test_every_activation_has_a_number():
-    assert set(cpu._ACTIVATIONS) == set(ACTIVATIONS)
+    assert set(cpu.ACTIVATION_NUMBERS) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

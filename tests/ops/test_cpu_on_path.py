@@ -15,7 +15,7 @@ from llama_fast.ops.activations import ACTIVATIONS
 from llama_fast.ops.rows import needs_grad
 from tests.kernels.test_on_path import GRAPH_OPS, _assert_same_but_for_ties, _count_calls, _prompts
 from tests.ops.cpu_cases import gate_up_of
-from tests.tiny import make_model, make_request
+from tests.tiny import RecordingEngine, make_model, make_request, op_by_op
 
 pytestmark = pytest.mark.usefixtures("instruction_set", "uninitialised_memory_is_nan")
 
@@ -55,8 +55,9 @@ def _llm(folder, backend, **sizes):
     return LLM(folder, backend=backend, device="cpu", **sizes)
 
 
+@pytest.mark.parametrize("layers_at_once", [True, False])
 @pytest.mark.parametrize("model", ["demo", "stories260K-wide128"])
-def test_whole_models_run_on_the_native_kernels_alone(model, request, monkeypatch, native_calls):
+def test_whole_models_run_on_the_native_kernels_alone(model, layers_at_once, request, monkeypatch, native_calls):
     folder = demo.PATH if model == "demo" else request.getfixturevalue("shared_data") / model
     params = SamplingParams(
         max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=NUM_TOP, prompt_logprobs=1
@@ -68,6 +69,8 @@ def test_whole_models_run_on_the_native_kernels_alone(model, request, monkeypatc
     ours = _llm(folder, "cpu")
     assert ours.engine.ops is cpu
     calls = _count_calls(monkeypatch, [cpu, reference, reference_attention, reference_sample])
+    if not layers_at_once:
+        op_by_op(monkeypatch, cpu)
     outputs = ours.generate(prompts, params)
     assert _assert_same_but_for_ties(outputs, expected) >= 2 * NEW_TOKENS
 
@@ -77,8 +80,8 @@ def test_whole_models_run_on_the_native_kernels_alone(model, request, monkeypatc
     runs = NEW_TOKENS
     assert calls["cpu", "embed"] == runs
     for name in GRAPH_OPS:
-        assert calls["cpu", name] == runs * layers * (2 if name == "linear_residual" else 1), name
-    assert sum(calls["cpu", name] for name in GRAPH_OPS) == 5 * runs * layers
+        each = 2 if name == "linear_residual" else 1
+        assert calls["cpu", name] == (0 if layers_at_once else runs * layers * each), name
     # The prompts are scored as well, some rows at a time; a last token predicts none of its prompt.
     scored = sum(-(-(len(prompt) - 1) // SCORED_ROWS) for prompt in prompts)
     assert calls["cpu", "norm_lm_head"] == calls["cpu", "log_probs"] == runs + scored
@@ -86,20 +89,21 @@ def test_whole_models_run_on_the_native_kernels_alone(model, request, monkeypatc
     for name in ("linear", "rms_norm", "rope_and_cache", "silu_mul"):
         assert calls["cpu", name] == 0, f"{name} should be part of an op of the graph"
 
-    # Each op of the graph is one native call.
-    assert native_calls == {
-        "norm_qkv_rope_cache": runs * layers,
-        "attention": runs * layers,
-        "linear": 3 * runs * layers + runs + scored,
-        "sample": runs,
-        "log_probs": runs + scored,
-    }
+    # All layers are one native call, or each of their ops is.
+    heads = runs + scored
+    expected_calls = {"linear": heads, "sample": runs, "log_probs": heads, "run_layers": runs}
+    if not layers_at_once:
+        del expected_calls["run_layers"]
+        expected_calls |= {"norm_qkv_rope_cache": runs * layers, "attention": runs * layers}
+        expected_calls["linear"] += 3 * runs * layers
+    assert native_calls == expected_calls
 
 
 @pytest.mark.parametrize("name", ["norm_lm_head", "attention", "sample"])
 def test_negative_control_a_reference_op_on_the_path_is_noticed(monkeypatch, name):
     llm = _llm(demo.PATH, "cpu")
     plain = getattr(reference, name)
+    op_by_op(monkeypatch, cpu)
     monkeypatch.setattr(cpu, name, lambda *args: plain(*args))
     calls = _count_calls(monkeypatch, [reference, reference_attention, reference_sample])
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
@@ -152,7 +156,7 @@ def test_auto_serves_an_llm_with_the_native_kernels(native_calls):
     llm = LLM(demo.PATH, device="cpu", max_seq_len=64, max_batch=1)
     assert llm.engine.ops is cpu
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-    assert native_calls["attention"] == 2 * llm.model.config.num_hidden_layers
+    assert native_calls["run_layers"] == 2
 
 
 def test_a_float64_model_runs_on_the_reference(native_calls):
@@ -177,7 +181,7 @@ def test_a_model_with_gradients_runs_on_the_reference(native_calls):
     assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
         logits = model(input_ids).logits
-    assert native_calls["attention"] == 2
+    assert native_calls["run_layers"] == 1
     torch.testing.assert_close(logits, model(input_ids).logits.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -216,7 +220,7 @@ def test_a_copy_reads_its_own_parameters(copied):
 def test_known_functions_are_known_by_their_names(native_calls):
     for name, function in ACTIVATIONS.items():
         gate_up = gate_up_of(torch.randn(8, 4), activation=function)
-        assert cpu._ACTIVATIONS[gate_up.activation] == cpu._ACTIVATIONS[name]
+        assert cpu.ACTIVATION_NUMBERS[gate_up.activation] == cpu.ACTIVATION_NUMBERS[name]
     cpu.norm_gate_up_act(torch.randn(2, 4), SimpleNamespace(weight=torch.ones(4), eps=1e-5), gate_up, None)
     assert native_calls == {"linear": 1}
 
@@ -236,3 +240,19 @@ def test_an_activation_may_be_a_function(native_calls):
         results.append(request.samples[0].token_ids)
     assert results[0] == results[1]
     assert native_calls["linear"] == 6 * (3 * 2 + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "head_dim": 18}])
+def test_layers_at_once_have_the_bits_of_their_ops(dtype, changes, monkeypatch):
+    model = make_model(dtype, **changes)
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            op_by_op(monkeypatch, cpu)
+        engine = RecordingEngine(model, backend="cpu", max_batch=4, max_seq_len=128, page_size=8, split_size=32)
+        prompts = [[index * 31 % 97 for index in range(length)] for length in (1, 40, 70)]
+        results.append(engine.generate([make_request(model, p, i, max_tokens=6) for i, p in enumerate(prompts)]))
+    for key, (tokens, logits) in results[0].items():
+        assert tokens == results[1][key][0]
+        assert torch.equal(logits, results[1][key][1])

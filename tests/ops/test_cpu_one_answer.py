@@ -18,7 +18,7 @@ from tests.kernels import test_attention as attention_tests
 from tests.kernels import test_rope_and_cache as rope_tests
 from tests.kernels.accuracy import DTYPES, same_bits
 from tests.ops.cpu_cases import projection
-from tests.tiny import RecordingEngine, make_model, make_request
+from tests.tiny import RecordingEngine, make_model, make_request, op_by_op
 
 pytestmark = pytest.mark.usefixtures("instruction_set", "uninitialised_memory_is_nan")
 
@@ -467,6 +467,7 @@ def test_control_a_linear_that_depends_on_the_number_of_rows_is_noticed(monkeypa
         return {key: value for index in order for key, value in run(model, [index]).items()}
 
     assert_same(run(model, order), alone())
+    op_by_op(monkeypatch, cpu)
     monkeypatch.setattr(cpu, "linear_residual", product if mistake == "torch's product" else split)
     expected = alone()
     with pytest.raises(AssertionError):
@@ -482,6 +483,7 @@ def test_control_splits_that_depend_on_company_are_noticed(monkeypatch):
         size = SPLIT if len(batch.seq_lens) == 1 else PAGE
         return plain(q, pages, dataclasses.replace(batch, split_size=size))
 
+    op_by_op(monkeypatch, cpu)
     monkeypatch.setattr(cpu, "attention", by_company)
     for index in order:
         assert_same(run(model, [index]), expected)
