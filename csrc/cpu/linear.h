@@ -28,8 +28,9 @@ void lay_out(const T* rows, int64_t stride, int64_t width, int64_t num_rows, int
         Register<T>* place = target + r;
         int64_t k = first / Op::phases * Op::step;
         const auto put = [&](const T* step) {
-            *place = Op::template load<0>(step);
-            if constexpr (Op::phases == 2) *(place += tile) = Op::template load<1>(step);
+            const typename Op::Raw raw = Op::load(step);
+            *place = Op::template take<0>(raw);
+            if constexpr (Op::phases == 2) *(place += tile) = Op::template take<1>(raw);
             place += tile;
         };
         const int64_t end = k + count / Op::phases * Op::step;
@@ -50,35 +51,30 @@ void direct_tile(const Register<T>* x, const T* weight, int64_t width, float* su
     for (int r = 0; r < R; ++r) {
         for (int c = 0; c < C; ++c) sum[r][c] = Vec::zero();
     }
+    const auto add = [&](int c, typename Op::Raw raw) __attribute__((always_inline)) {
+        const Register<T> first = Op::template take<0>(raw);
+        for (int r = 0; r < R; ++r) sum[r][c] = Op::multiply_add(first, x[r], sum[r][c]);
+        if constexpr (Op::phases == 2) {
+            const Register<T> second = Op::template take<1>(raw);
+            for (int r = 0; r < R; ++r) sum[r][c] = Op::multiply_add(second, x[R + r], sum[r][c]);
+        }
+    };
     int64_t k = 0;
     for (; k + Op::step <= width; k += Op::step) {
         for (int c = 0; c < C; ++c) {
-            // The next tile's weights: a row is often one 4 KiB page, where the hardware's prefetch starts anew.
-            _mm_prefetch(reinterpret_cast<const char*>(weight + (C + c) * width + k), _MM_HINT_T0);
-        }
-        for (int c = 0; c < C; ++c) {
-            const Register<T> w = Op::template load<0>(weight + c * width + k);
-            for (int r = 0; r < R; ++r) sum[r][c] = Op::multiply_add(w, x[r], sum[r][c]);
-        }
-        x += R;
-        if constexpr (Op::phases == 2) {
-            for (int c = 0; c < C; ++c) {
-                const Register<T> w = Op::template load<1>(weight + c * width + k);
-                for (int r = 0; r < R; ++r) sum[r][c] = Op::multiply_add(w, x[r], sum[r][c]);
+            // The next tile's: a row is often one 4 KiB page, where the hardware's prefetch starts anew.
+            if constexpr (kDirectPrefetch) {
+                _mm_prefetch(reinterpret_cast<const char*>(weight + (C + c) * width + k), _MM_HINT_T0);
             }
-            x += R;
+            add(c, Op::load(weight + c * width + k));
         }
+        x += R * Op::phases;
     }
     if (k < width) {
-        T tail[C][Op::step] = {};
-        for (int c = 0; c < C; ++c) std::memcpy(tail[c], weight + c * width + k, (width - k) * sizeof(T));
         for (int c = 0; c < C; ++c) {
-            for (int r = 0; r < R; ++r) {
-                sum[r][c] = Op::multiply_add(Op::template load<0>(tail[c]), x[r], sum[r][c]);
-                if constexpr (Op::phases == 2) {
-                    sum[r][c] = Op::multiply_add(Op::template load<1>(tail[c]), x[R + r], sum[r][c]);
-                }
-            }
+            T tail[Op::step] = {};
+            std::memcpy(tail, weight + c * width + k, (width - k) * sizeof(T));
+            add(c, Op::load(tail));
         }
     }
     for (int r = 0; r < R; ++r) {

@@ -80,24 +80,27 @@ struct Vec {
     }
 };
 
-// How `linear` reads a step of an operand: `phases` registers of it, one after the other.
+// How `linear` reads a step of an operand: once from memory, then as `phases` registers one after the other.
 template <class T>
 struct Operand {  // float and fp16: widened
     using Register = __m256;
+    using Raw = __m256;
     static constexpr int step = 8, phases = 1;
+    static Raw load(const T* p) { return Vec::load(p); }
     template <int phase>
-    static Register load(const T* p) {
-        return Vec::load(p);
+    static Register take(Raw raw) {
+        return raw;
     }
     static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return Vec::multiply_add(a, b, sum); }
 };
 template <>
 struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a mask widens them
     using Register = __m256;
+    using Raw = __m256i;
     static constexpr int step = 16, phases = 2;
+    static Raw load(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     template <int phase>
-    static Register load(const bf16* p) {
-        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    static Register take(Raw raw) {
         if constexpr (phase == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
         return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
     }
@@ -108,6 +111,8 @@ struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a ma
 // activation. Rows of a tile that reads weights where they lie, and its columns by rows:
 constexpr int kDirectRows = 3;
 constexpr int kDirectColumns[kDirectRows + 1] = {0, 8, 4, 3};
+// The hardware sees eight streams come; asking for them ahead as well took a tenth.
+constexpr bool kDirectPrefetch = false;
 constexpr int64_t kDirectUnit = 24;  // of every number of columns a multiple
 // Of a tile that reads laid out weights; from kPackedRows rows on they are.
 constexpr int kPackedTileRows = 4, kPackedColumns = 3;

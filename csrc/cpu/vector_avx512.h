@@ -72,14 +72,16 @@ struct Vec {
     static __m256 fold(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 };
 
-// How `linear` reads a step of an operand: `phases` registers of it, one after the other.
+// How `linear` reads a step of an operand: once from memory, then as `phases` registers one after the other.
 template <class T>
 struct Operand {  // float and fp16: widened
     using Register = __m512;
+    using Raw = __m512;
     static constexpr int step = 16, phases = 1;
+    static Raw load(const T* p) { return Vec::load(p); }
     template <int phase>
-    static Register load(const T* p) {
-        return Vec::load(p);
+    static Register take(Raw raw) {
+        return raw;
     }
     static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return Vec::multiply_add(a, b, sum); }
 };
@@ -87,11 +89,12 @@ struct Operand {  // float and fp16: widened
 template <>
 struct Operand<bf16> {  // vdpbf16ps: products of neighbours, added to one lane; subnormals count as zeros
     using Register = __m512bh;
+    using Raw = __m512bh;
     static constexpr int step = 32, phases = 1;
+    static Raw load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }  // the same bits
     template <int phase>
-    static Register load(const bf16* p) {
-        const __m512i raw = _mm512_loadu_si512(p);
-        return (__m512bh)raw;  // the same bits
+    static Register take(Raw raw) {
+        return raw;
     }
     static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return _mm512_dpbf16_ps(sum, a, b); }
 };
@@ -99,10 +102,11 @@ struct Operand<bf16> {  // vdpbf16ps: products of neighbours, added to one lane;
 template <>
 struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a mask widens them
     using Register = __m512;
+    using Raw = __m512i;
     static constexpr int step = 32, phases = 2;
+    static Raw load(const bf16* p) { return _mm512_loadu_si512(p); }
     template <int phase>
-    static Register load(const bf16* p) {
-        const __m512i raw = _mm512_loadu_si512(p);
+    static Register take(Raw raw) {
         if constexpr (phase == 0) return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
         return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
     }
@@ -114,6 +118,7 @@ struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a ma
 // they lie, and its columns by rows:
 constexpr int kDirectRows = 5;
 constexpr int kDirectColumns[kDirectRows + 1] = {0, 8, 8, 6, 5, 5};
+constexpr bool kDirectPrefetch = true;
 constexpr int64_t kDirectUnit = 120;  // of every number of columns a multiple
 // Of a tile that reads laid out weights; from kPackedRows rows on they are.
 constexpr int kPackedTileRows = 5, kPackedColumns = 5;
