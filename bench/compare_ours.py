@@ -103,7 +103,7 @@ class LlamaFast(Program):
         profiler = cProfile.Profile()
         profiler.runcall(self.generate, [prompt], output_len)
         text = io.StringIO()
-        pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats()
+        pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats()
         Path(path).write_text(text.getvalue(), encoding="utf-8")
 
 

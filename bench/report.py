@@ -112,14 +112,44 @@ def kernel_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return [header, *rows]
 
 
+def compare_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Tokens per second on a CPU beside the peers', from the same run; a peer that was not there has an empty cell."""
+    peers = ("llama.cpp", "transformers")
+    header = ["model", "work", "tokens/s", "of its bound", *(f"{peer} (ours to it)" for peer in peers), "where"]
+    rows = []
+    for r in results:
+        by_work: dict[str, dict[str, Any]] = {}
+        for row in r["speed"]:
+            by_work.setdefault(row["work"], {})[row["program"]] = row
+        for work, programs in by_work.items():
+            ours = programs["llama_fast"]
+            cells = [
+                f"{programs[peer]['tokens_per_s']['median']:,.1f} ({programs[peer]['ours_to_it']['median']:.2f}x)"
+                if peer in programs
+                else ""
+                for peer in peers
+            ]
+            speed = f"{ours['tokens_per_s']['median']:,.1f}"
+            share = f"{ours['share_of_bound']['median']:.0%}"
+            rows.append([f"{r['model']}, {r['dtype']}", work, speed, share, *cells, r["where"]])
+    return [header, *rows]
+
+
 def tables(folder: Path) -> str:
     """Markdown of all tables; what has no result file is not measured yet."""
     results = read_results(folder)
     parts = []
-    for bench, rows in (("load", load_rows), ("generate", generate_rows), ("kernels", kernel_rows)):
+    benches = (
+        ("load", load_rows),
+        ("generate", generate_rows),
+        ("compare_cpu", compare_rows),
+        ("kernels", kernel_rows),
+    )
+    for bench, rows in benches:
         header, *body = rows(results.get(bench, []))
         if not body:
-            parts.append(f"`bench_{bench}.py`: not measured yet.")
+            script = bench if bench == "compare_cpu" else f"bench_{bench}"
+            parts.append(f"`{script}.py`: not measured yet.")
             continue
         lines = [header, ["---"] * len(header), *body]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -15,7 +15,7 @@ namespace llama_fast {
 namespace {
 
 // Between two ops of a step Python runs for 5 to 50 us; waking a sleeping thread costs about as much again. Longer, and
-// the pool would take cycles from torch's own threads. From bench/results/amd-epyc-2-cores/experiments.md.
+// the pool would take cycles from torch's own threads.
 constexpr int kSpins = 4000;
 constexpr int kMaxThreads = 1023;
 constexpr int64_t kMaxTasks = (int64_t{1} << 24) - 1;

@@ -107,7 +107,7 @@ struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a ma
     static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return Vec::multiply_add(a, b, sum); }
 };
 
-// Tiles of `linear`, from bench/results/amd-epyc-2-cores/experiments.md; 16 registers hold the sums, the weights and an
+// Tiles of `linear`, from bench/results/cpu-experiments.md; 16 registers hold the sums, the weights and an
 // activation. Rows of a tile that reads weights where they lie, and its columns by rows:
 constexpr int kDirectRows = 3;
 constexpr int kDirectColumns[kDirectRows + 1] = {0, 8, 4, 3};
