@@ -122,6 +122,12 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def settings(self) -> tuple:
+        """What prepared weights depend on besides parameters."""
+        layers = [cast(DecoderLayer, layer) for layer in self.layers]
+        epsilons = [(layer.input_layernorm.eps, layer.post_attention_layernorm.eps) for layer in layers]
+        return self.config.num_hidden_layers, self.norm.eps, epsilons
+
     def prepare(self, ops: ModuleType) -> None:
         """Let the backend make its weights of every layer that the configuration counts."""
         layers = [cast(DecoderLayer, layer) for layer in islice(self.layers, self.config.num_hidden_layers)]
@@ -174,14 +180,14 @@ class LlamaLM(nn.Module):
                 module.weight[module.padding_idx].zero_()
 
     def prepare(self, ops: ModuleType) -> None:
-        """Make the backend's weights anew if a parameter or the backend changed since the last call."""
-        if self._prepared == (ops.__name__, self._versions()):
+        """Make the backend's weights anew if a parameter, a setting or the backend changed since the last call."""
+        if self._prepared == (ops.__name__, self.model.settings(), self._versions()):
             return
         self.model.prepare(ops)
         self.prepared_head: Any = ops.prepare_linear([self.lm_head])
         self.prepared_norm = self.model.norm.prepare()
         # Taken again: a backend may have joined parameters and made them views of the whole.
-        self._prepared = (ops.__name__, self._versions())
+        self._prepared = (ops.__name__, self.model.settings(), self._versions())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are others.

@@ -437,6 +437,7 @@ def test_tiles_of_every_table():
                     assert wide == {table == 90}, "two kinds of MMA in one route"
 
 
+@pytest.mark.usefixtures("chained")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epilogue", ["residual bias", "gated bias", "fp32"])
 @pytest.mark.parametrize(("rows", "ins"), [(3, 64), (18, 160)])

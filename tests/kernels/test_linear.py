@@ -328,6 +328,7 @@ def test_few_rows_take_the_narrowest_tile_and_many_the_widest():
                 assert chosen == [min(widths), min(widths), max(widths)]
 
 
+@pytest.mark.usefixtures("chained")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epilogue", ["residual bias", "gated bias", "fp32"])
 @pytest.mark.parametrize(("rows", "ins"), [(3, 64), (18, 65)])
