@@ -1,7 +1,7 @@
 """Whole decoder layers for one native call.
 
-A layer's ops stream its weights through the caches, which evicts Python's own code and data: what stands between two ops
-then takes ten times as long as for a model that stays in the caches (bench/results/cpu-experiments.md).
+A layer's ops stream its weights through the caches, which evicts Python's own code and data: what stands between two
+ops then takes ten times as long as for a model that stays in the caches (bench/results/cpu-experiments.md).
 """
 
 from __future__ import annotations
