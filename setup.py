@@ -1,12 +1,17 @@
-"""Builds llama_fast._C, the native CPU kernels, with ninja; everything else is declared in pyproject.toml.
+"""Builds llama_fast._C, the native CPU kernels, and llama_fast._cuda with ninja; all else stands in pyproject.toml.
 
-The extension is optional: without a C++20 compiler, or on another processor, the installation goes on and the package
-runs on plain PyTorch, which it says once. CXX chooses the compiler, LLAMA_FAST_CXXFLAGS adds flags (csrc/sanitize.sh).
+Both are optional: without a C++20 compiler, or on another processor, the installation goes on and the package runs on
+plain PyTorch, which it says once; without nvcc it runs on Triton's kernels alone. CXX chooses the compiler,
+LLAMA_FAST_CXXFLAGS adds flags to _C (csrc/sanitize.sh). nvcc is looked for on PATH and in CUDA_HOME;
+LLAMA_FAST_CUDA_ARCHS="80,90" builds for these compute capabilities (times ten) only, "none" for none.
 """
 
+import hashlib
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,8 +32,15 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glo
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-uninitialized -pthread"
 
 
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/linear.cu"]
+CUDA_HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.h"))
+# Ampere, Ada, Hopper and Blackwell; PTX of the last serves what comes later.
+CUDA_ARCHS = "80,89,90,100"
+CUDA_FLAGS = "-std=c++20 -O3 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+
+
 class NinjaBuild(build_ext):
-    """Writes a build.ninja for the extension and runs it: all cores, and only what changed."""
+    """Writes a build.ninja for an extension and runs it: all cores, and only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension.
@@ -38,25 +50,50 @@ class NinjaBuild(build_ext):
         """
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self._build(ext, target)
+            if ext.name == "llama_fast._cuda":
+                self._build_cuda(ext, target)
+            else:
+                self._build(ext, target)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             # One of an earlier build would not fit this version's Python code.
             for stale in (target, Path(self.get_ext_filename(ext.name))):
                 stale.unlink(missing_ok=True)
-            raise CompileError(f"llama_fast._C was not built: {error}") from error
+            raise CompileError(f"{ext.name} was not built: {error}") from error
 
     def _build(self, ext: Extension, target: Path) -> None:
         if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
             raise OSError(f"it is for x86-64 Linux, this is {platform.machine()} {sys.platform}")
-        import ninja
-        import pybind11
+        self._run_ninja(Path(self.build_temp), target, _rules(ext.sources, _includes(), target))
 
-        build = Path(self.build_temp).resolve()
+    def _build_cuda(self, ext: Extension, target: Path) -> None:
+        nvcc, archs = _nvcc(), os.environ.get("LLAMA_FAST_CUDA_ARCHS") or CUDA_ARCHS
+        if nvcc is None or archs == "none":
+            raise OSError("no nvcc on PATH or in CUDA_HOME" if nvcc is None else "LLAMA_FAST_CUDA_ARCHS=none")
+        if not re.fullmatch(r"\d+(,\d+)*", archs):
+            raise OSError(f"LLAMA_FAST_CUDA_ARCHS={archs!r} must be numbers with commas between, as {CUDA_ARCHS}")
+        numbers = sorted(set(map(int, archs.split(","))))
+        rules = _cuda_rules(ext.sources, _includes(), target, nvcc, numbers)
+        self._run_ninja(Path(self.build_temp) / "cuda", target, rules)
+
+    def _run_ninja(self, build: Path, target: Path, rules: str) -> None:
+        import ninja
+
+        build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        (build / "build.ninja").write_text(_rules(ext.sources, includes, target))
+        (build / "build.ninja").write_text(rules)
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
+
+
+def _includes() -> list[str]:
+    import pybind11
+
+    return [sysconfig.get_path("include"), pybind11.get_include()]
+
+
+def _nvcc() -> str | None:
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    return shutil.which("nvcc") or next((found for home in homes if (found := shutil.which(f"{home}/bin/nvcc"))), None)
 
 
 def _rules(sources: list[str], includes: list[str], target: Path) -> str:
@@ -83,12 +120,61 @@ def _rules(sources: list[str], includes: list[str], target: Path) -> str:
     )
 
 
+def _cuda_rules(sources: list[str], includes: list[str], target: Path, nvcc: str, archs: list[int]) -> str:
+    """The text of build.ninja: machine code for each of `archs`, and PTX of the last."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    cxx = os.environ.get("CXX", "c++")
+    macros = [
+        f"-DLLAMA_FAST_SOURCE_HASH={_source_hash(ROOT / 'csrc/cuda')}",
+        f"-DLLAMA_FAST_CUDA_ARCHITECTURES={','.join(map(str, archs))}",
+    ]
+    options = [*FLAGS.split(), *macros, *(option for path in includes for option in ("-isystem", path))]
+    objects = [f"{Path(source).stem}.o" for source in sources]
+    kinds = ["device" if source.endswith(".cu") else "compile" for source in sources]
+    return "\n".join(
+        [
+            f"cxx = {cxx}",
+            f"nvcc = {shlex.quote(nvcc)} -ccbin {shlex.quote(shlex.split(cxx)[-1])}",  # without a ccache before it
+            f"flags = {' '.join(shlex.quote(option).replace('$', '$$') for option in options)}",
+            "rule compile",
+            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule device",
+            f"  command = $nvcc {CUDA_FLAGS} {' '.join(codes)} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $nvcc -shared -cudart static {' '.join(codes)} $in -o $out",
+            *(
+                f"build {name}: {kind} {_path(ROOT / source)}"
+                for name, kind, source in zip(objects, kinds, sources, strict=True)
+            ),
+            f"build {_path(target)}: link {' '.join(objects)}",
+            f"default {_path(target)}",
+            "",
+        ]
+    )
+
+
+def _source_hash(folder: Path) -> str:
+    """Of the sources of a folder: what a check of the kernels on hardware is true of."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".cu", ".h")):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _path(path: Path) -> str:
     """A path as build.ninja writes it."""
     return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 setup(
-    ext_modules=[Extension("llama_fast._C", SOURCES, depends=HEADERS, optional=True)],
+    ext_modules=[
+        Extension("llama_fast._C", SOURCES, depends=HEADERS, optional=True),
+        Extension("llama_fast._cuda", CUDA_SOURCES, depends=CUDA_HEADERS, optional=True),
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )
