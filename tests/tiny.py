@@ -16,18 +16,27 @@ OPS = select_backend("auto", torch.device("cpu"))
 class RecordingEngine(Engine):
     """Keeps every row of logits that was sampled from, by request and sample."""
 
-    def _draw(self, samples, logits):
-        for sample, row in zip(samples, logits, strict=True):
-            self.recorded.setdefault((sample.request.index, sample.index), []).append(row.clone())
-        super()._draw(samples, logits)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recorded = {}
+        self.decoder.on_logits = self._record
+
+    def _record(self, samples, logits):
+        for sample, row in zip(samples, logits, strict=False):
+            if sample is not None:
+                self.recorded.setdefault((sample.request.index, sample.index), []).append(row.clone())
 
     def generate(self, requests):
         """(tokens, logits) of every sample, keyed by (request index, sample index)."""
         self.recorded = {}
         for _ in self.run(requests):
             pass
+        # Draws enqueued behind a sample's end are nobody's.
         return {
-            (request.index, sample.index): (sample.token_ids, torch.stack(self.recorded[request.index, sample.index]))
+            (request.index, sample.index): (
+                sample.token_ids,
+                torch.stack(self.recorded[request.index, sample.index][: max(1, len(sample.token_ids))]),
+            )
             for request in requests
             for sample in request.samples
         }

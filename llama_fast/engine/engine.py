@@ -5,28 +5,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
 
+from llama_fast.engine.decode_graph import DecodeGraph
+from llama_fast.engine.decoder import Decoder
 from llama_fast.engine.memory import cache_size, check_sizes
-from llama_fast.engine.outputs import Logprob, PositionLogprobs
+from llama_fast.engine.outputs import EngineStats, FinishReason, Logprob, PositionLogprobs
 from llama_fast.engine.request import Request, Sample
-from llama_fast.engine.sampling_batch import SamplingTensors
 from llama_fast.engine.scheduler import Scheduler, Work
 from llama_fast.engine.scheduler import Sequence as SequenceInCache
-from llama_fast.errors import ContextLengthError, NonFiniteLogitsError, RequestError, brief
+from llama_fast.engine.warm_up import SCORED_ROWS, warm_up_prompts
+from llama_fast.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    RequestError,
+    brief,
+)
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
+from llama_fast.ops.replay import compiled_kernels, device_allocations, is_fatal, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BATCH = 16
 DEFAULT_PREFILL_CHUNK = 512
-# Prompt positions whose logits are in memory at once while prompts are scored.
-SCORED_ROWS = 64
 
 
 class Engine:
@@ -45,6 +54,8 @@ class Engine:
             memory that is free beside the weights.
         page_size, split_size: of the cache (see kv_cache.py); split_size is part of every result's bits.
         prefill_chunk: prompt tokens run in one step.
+        graphs: whether decoding steps are captured where the device can; False launches every kernel anew.
+        steps_ahead: decoding steps that are enqueued before the host reads the first; default what suits the device.
 
     Raises:
         RequestError: an argument is out of range.
@@ -62,6 +73,8 @@ class Engine:
         page_size: int = PAGE_SIZE,
         split_size: int = SPLIT_SIZE,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        graphs: bool = True,
+        steps_ahead: int | None = None,
     ) -> None:
         check_sizes(
             max_batch=max_batch,
@@ -70,6 +83,7 @@ class Engine:
             page_size=page_size,
             split_size=split_size,
             prefill_chunk=prefill_chunk,
+            **({} if steps_ahead is None else {"steps_ahead": steps_ahead}),
         )
         context_len = model.model.rotary.context_len
         self.max_seq_len, pages = cache_size(model, max_batch, max_seq_len, cache_bytes, page_size)
@@ -91,13 +105,50 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
         )
+        # Their buffers are written in every mode, so they are never inference tensors.
+        with torch.inference_mode(False):
+            self._graph = DecodeGraph(model, self.cache, self.ops, max_batch, self.max_seq_len, graphs=graphs)
+            self.decoder = Decoder(self._graph, self.ops, model.device, steps_ahead)
         self._owner: dict[str, object] = {}
+        self._dead: EngineDeadError | None = None
+        self._prepared: object = None
+        self._at_ready = (device_allocations(model.device), compiled_kernels())
         self._reset()
 
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache.num_pages, self.cache.page_size, self.max_batch, self.prefill_chunk)
         self._samples: dict[SequenceInCache, Sample] = {}
-        self._sampling = SamplingTensors(self.model.config.vocab_size, self.model.device)
+        self.decoder.forget()
+
+    def make_ready(self) -> None:
+        """Make the weights as the backend wants them, compile, capture: what else the first request would wait for.
+
+        `run` calls it; it does something only the first time and when weights have changed.
+
+        Raises:
+            OutOfMemoryError: no memory is left for the smallest captured step.
+        """
+        with self._own_modes():
+            prepared = self.model.prepare(self.ops)
+            if prepared is self._prepared:
+                return
+            if self._graph.captures:
+                self._graph.capture()
+                self.max_batch = self._graph.max_batch
+            warm_up_prompts(self.model, self.ops, self.cache, self._graph.rows, self.max_batch, self.prefill_chunk)
+        self._prepared = prepared
+        self._at_ready = (device_allocations(self.model.device), compiled_kernels())
+
+    def stats(self) -> EngineStats:
+        """Counts of this engine."""
+        device_before, compiled_before = self._at_ready
+        device_now = device_allocations(self.model.device)
+        return EngineStats(
+            decode_steps=self._graph.num_steps,
+            captured=tuple(self._graph.buckets) if self._graph.captures else (),
+            allocations=None if device_now is None or device_before is None else device_now - device_before,
+            compilations=compiled_kernels() - compiled_before,
+        )
 
     def check(self, request: Request) -> None:
         """Refuse what could never run, before any work.
@@ -141,6 +192,8 @@ class Engine:
         Raises:
             RequestError: a request can never run (see `check`), or this engine is running others.
         """
+        if self._dead is not None:
+            raise self._dead
         run = object()
         try:
             # One atomic step inside `try`: an interrupt between taking a lock and `try` would leave it taken.
@@ -152,7 +205,11 @@ class Engine:
             self._reset()
             for request in requests:
                 self.check(request)
-            self.model.prepare(self.ops)
+            self.make_ready()
+            if self.scheduler.max_batch != self.max_batch:  # less memory than was thought
+                self._reset()
+                for request in requests:
+                    self.check(request)
             for request in requests:
                 first = request.samples[0]
                 self._samples[first.sequence] = first
@@ -164,55 +221,82 @@ class Engine:
                 self._owner.clear()
 
     def step(self) -> list[Sample]:
-        """One run of the graph over the scheduled tokens, then one token for every sequence that is due."""
-        # The caller's contexts must not reach the graph: autocast changes its arithmetic, and a tensor made in
-        # inference mode cannot be written by a later step outside of it.
-        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self._device_type):
-            with torch.inference_mode(False), torch.autocast(self._device_type, enabled=False), torch.no_grad():
+        """A chunk of the waiting prompts, decoding steps for the device to work on, and the oldest draw read.
+
+        Returns:
+            The samples that got a token or ended.
+
+        Raises:
+            EngineDeadError: the device met an error after which it cannot be used; so does every later call.
+        """
+        if self._dead is not None:
+            raise self._dead
+        try:
+            with self._own_modes():
                 return self._step()
-        # Entering those two for nothing would take a twentieth of a small model's step.
-        with torch.no_grad():
-            return self._step()
+        except Exception as error:
+            if not is_fatal(error):
+                raise
+            self._dead = EngineDeadError(
+                f"the device failed ({' '.join(str(error).split())[:300]}); start a new process"
+            )
+            raise self._dead from error
+
+    def _own_modes(self) -> AbstractContextManager:
+        """The caller's contexts must not reach the graph: autocast changes its arithmetic, and a tensor made in
+        inference mode cannot be written by a later step outside of it."""
+        # Entering all three for nothing would take a twentieth of a small model's step.
+        if not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self._device_type)):
+            return torch.no_grad()
+        modes = ExitStack()
+        for mode in (torch.inference_mode(False), torch.autocast(self._device_type, enabled=False), torch.no_grad()):
+            modes.enter_context(mode)
+        return modes
 
     def _step(self) -> list[Sample]:
         works = self.scheduler.plan()
+        failed: list[Sample] = []
+        if works:
+            try:
+                self._run_prompts(works)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = self._fail(works, error)
+        while self.decoder.may_enqueue:
+            self.decoder.enqueue()
+        return failed + (self._read() if self.decoder.unread else [])
+
+    def _run_prompts(self, works: list[Work]) -> None:
+        """Run chunks of prompts; samples whose prompt is through draw their first token."""
         now = time.monotonic()
         for work in works:
             metrics = self._samples[work.sequence].request.metrics
             metrics.started = metrics.started or now
-        hidden_states = self._run_graph(works)
-        due = [(work, states[-1]) for work, states in zip(works, hidden_states, strict=True) if work.samples]
-        if not due:
-            return []
-        logits = self.model.logits(torch.stack([state for _, state in due]), self.ops)
-        samples: list[Sample] = []
+        others: list[Sample] = []
+        if self.ops.ROLES_SHARE_RUNS and not self.decoder.unread:
+            # The decoding samples' tokens are all known: one pass over the weights serves both.
+            others = self.decoder.samples
+        ends = [len(sample.sequence.token_ids) for sample in others]
+        decoding = [Work(other.sequence, end - 1, end) for other, end in zip(others, ends, strict=True)]
+        hidden_states = self._run_graph([*works, *decoding])
         rows: list[int] = []
-        for row, (work, _) in enumerate(due):
-            for sample in self._samples_of(work):
-                samples.append(sample)
-                rows.append(row)
-        self._draw(samples, logits if len(rows) == len(due) else logits[rows])
-        return samples
+        samples: list[Sample] = []
+        due = [row for row, work in enumerate(works) if work.samples]
+        for place, row in enumerate(due):
+            forked = self._fork(works[row])
+            samples += forked
+            rows += [place] * len(forked)
+        self.decoder.join(samples)
+        rows += range(len(due), len(due) + len(others))
+        samples += others
+        if samples:
+            due += range(len(works), len(works) + len(others))
+            logits = self.model.logits(torch.stack([hidden_states[row][-1] for row in due]), self.ops)
+            self.decoder.draw(samples, logits if len(rows) == len(due) else logits[rows])
 
     def _run_graph(self, works: list[Work]) -> Sequence[Tensor]:
         """Each work's hidden states [tokens, hidden_size]; prompts are scored where asked."""
-        if self.ops.ROLES_SHARE_RUNS:
-            hidden_states = self._run_role(works, generated=False)
-        else:
-            roles = {work: work.start >= work.sequence.prompt_len for work in works}
-            by_work: dict[Work, Tensor] = {}
-            for generated in (False, True):
-                group = [work for work in works if roles[work] == generated]
-                if group:
-                    by_work.update(zip(group, self._run_role(group, generated), strict=True))
-            hidden_states = [by_work[work] for work in works]
-        for work, states in zip(works, hidden_states, strict=True):
-            work.sequence.num_computed = work.end
-            self._score_prompt(work, states)
-        return hidden_states
-
-    def _run_role(self, works: list[Work], generated: bool) -> Sequence[Tensor]:
-        """One run of the graph over prompt or over generated tokens; each work's hidden states."""
         chunks = [
             Chunk(
                 token_ids=work.sequence.token_ids[work.start : work.end],
@@ -222,69 +306,88 @@ class Engine:
             )
             for work in works
         ]
-        rotary, split_size = self.model.model.rotary, self.cache.split_size
-        batch = pack(self.ops, rotary, chunks, split_size, self.model.device, generated=generated)
-        return self.model.model.run(batch, self.cache).split([work.end - work.start for work in works])
+        batch = pack(self.ops, self.model.model.rotary, chunks, self.cache.split_size, self.model.device)
+        hidden_states = self.model.model.run(batch, self.cache).split([work.end - work.start for work in works])
+        for work, states in zip(works, hidden_states, strict=True):
+            work.sequence.num_computed = work.end
+            if work.start < work.sequence.prompt_len:
+                self._score_prompt(work, states)
+        return hidden_states
 
-    def _samples_of(self, work: Work) -> list[Sample]:
-        """The samples that take a token from this work; the further ones fork off when the prompt has run."""
+    def _fork(self, work: Work) -> list[Sample]:
+        """The samples of a prompt that is through; the further ones fork off."""
         sample = self._samples[work.sequence]
-        if work.start >= work.sequence.prompt_len:
-            return [sample]
         forks, source, target = self.scheduler.fork(work.sequence)
-        if source:
-            self.cache.copy_pages(self.ops, source, target)
         for other, fork in zip(sample.request.samples[1:], forks, strict=True):
             other.sequence = fork
             self._samples[fork] = other
+        if source:
+            self.cache.copy_pages(self.ops, source, target)
         return sample.request.samples
 
-    def _draw(self, samples: list[Sample], logits: Tensor) -> None:
-        """Sample one token a row of `logits` [len(samples), vocab_size] and hand it to its sample."""
-        token_ids = self.ops.sample(logits, self._sampling.batch(samples))
-        scored = [row for row, sample in enumerate(samples) if sample.logprobs is not None]
-        logprobs: dict[int, PositionLogprobs] = {}
-        if scored:
-            num_top = max(samples[row].request.sampling.logprobs or 0 for row in scored)
-            positions = self._logprobs(logits[scored], token_ids[scored].clamp(min=0), num_top)
-            logprobs = dict(zip(scored, positions, strict=True))
+    def _read(self) -> list[Sample]:
+        """Hand the tokens of the oldest draw to their samples."""
+        drawn = self.decoder.read()
         now = time.monotonic()
-        for row, (sample, token_id) in enumerate(zip(samples, token_ids.tolist(), strict=True)):
-            request = sample.request
-            if token_id < 0:
+        for token in drawn:
+            sample, request = token.sample, token.sample.request
+            if token.token_id < 0:
                 request.error = NonFiniteLogitsError(
                     f"the logits after token {len(sample.sequence.token_ids)} hold NaN or no finite value; "
                     "check the weights, or use dtype='float32'"
                 )
-                sample.finish("error")
+                self._end(sample, "error", at_rest=True)
             elif request.sampling.max_tokens == 0:
-                sample.finish("length")
+                self._end(sample, "length", at_rest=True)
             else:
                 request.metrics.first_token = request.metrics.first_token or now
-                sample.append(token_id)
-                if sample.logprobs is not None:
-                    sample.logprobs.append(_cut(logprobs[row], token_id, request.sampling.logprobs or 0))
-            if sample.finish_reason is not None:
-                del self._samples[sample.sequence]
-                self.scheduler.finish(sample.sequence)
-                if all(other.finish_reason is not None for other in request.samples):
-                    request.metrics.finished = now
+                sample.append(token.token_id)
+                sample.sequence.num_computed = len(sample.sequence.token_ids) - 1
+                if sample.logprobs is not None and token.log_probs is not None:
+                    sample.logprobs.append(_position(token.token_id, *token.log_probs, request.sampling.logprobs or 0))
+                if sample.finish_reason is not None:
+                    # The device knows no texts: it goes on behind a stop string.
+                    self._release(sample, at_rest=not isinstance(sample.stop_reason, str))
+        return [token.sample for token in drawn]
 
-    def _logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
-        """Each row's chosen token, then its `num_top` most probable ones in order."""
-        chosen, ranks, top_values, top_ids = (t.tolist() for t in self.ops.log_probs(logits, token_ids, num_top))
-        positions = []
-        for row, token_id in enumerate(token_ids.tolist()):
-            position = {token_id: Logprob(chosen[row], ranks[row])}
-            for rank, (top_id, value) in enumerate(zip(top_ids[row], top_values[row], strict=True), start=1):
-                position.setdefault(top_id, Logprob(value, rank))
-            positions.append(position)
-        return positions
+    def abort(self, request: Request) -> None:
+        """End a request that waits or runs: what its samples have so far is theirs, the rest of the engine goes on."""
+        for sample in request.samples:
+            if sample.finish_reason is None:
+                self._end(sample, "abort", at_rest=False)
+
+    def _fail(self, works: list[Work], error: Exception) -> list[Sample]:
+        """End the requests whose prompts found no memory."""
+        failed: list[Sample] = []
+        for request in {id(r): r for r in (self._samples[work.sequence].request for work in works)}.values():
+            request.error = OutOfMemoryError(
+                f"prompt {request.index}: a step of {self.prefill_chunk} prompt tokens needs more memory than there is "
+                f"({' '.join(str(error).split())[:200]}); lower prefill_chunk, cache_bytes or max_batch"
+            )
+            for sample in request.samples:
+                if sample.finish_reason is None:
+                    self._end(sample, "error", at_rest=False)
+                    failed.append(sample)
+        return failed
+
+    def _end(self, sample: Sample, reason: FinishReason, at_rest: bool) -> None:
+        sample.finish(reason)
+        self._release(sample, at_rest)
+
+    def _release(self, sample: Sample, at_rest: bool) -> None:
+        """Give up the row and the pages of a sample that ended."""
+        self.decoder.leave(sample, at_rest)
+        # Samples that have not forked yet have the first one's sequence.
+        if self._samples.get(sample.sequence) is sample:
+            del self._samples[sample.sequence]
+            self.scheduler.finish(sample.sequence)
+        if all(other.finish_reason is not None for other in sample.request.samples):
+            sample.request.metrics.finished = time.monotonic()
 
     def _score_prompt(self, work: Work, hidden_states: Tensor) -> None:
         """Log probabilities of the prompt tokens that these positions predict, if they were asked for."""
         request, sequence = self._samples[work.sequence].request, work.sequence
-        if request.prompt_logprobs is None or work.start >= sequence.prompt_len:
+        if request.prompt_logprobs is None:
             return
         num_top = request.sampling.prompt_logprobs or 0
         # The last prompt token predicts no prompt token.
@@ -292,9 +395,16 @@ class Engine:
             end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
             logits = self.model.logits(hidden_states[start - work.start : end - work.start], self.ops)
             targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=logits.device)
-            request.prompt_logprobs += self._logprobs(logits, targets, num_top)
+            scores = self.ops.log_probs(logits, targets, num_top)
+            for token_id, *scored in zip(targets.tolist(), *(tensor.tolist() for tensor in scores), strict=True):
+                request.prompt_logprobs.append(_position(token_id, *scored, num_top))
 
 
-def _cut(position: PositionLogprobs, token_id: int, num_top: int) -> PositionLogprobs:
-    """The chosen token and the `num_top` best; a batch is scored with the largest number that a row wants."""
-    return {other: value for other, value in position.items() if other == token_id or value.rank <= num_top}
+def _position(
+    token_id: int, logprob: float, rank: int, top_values: list[float], top_ids: list[int], num_top: int
+) -> PositionLogprobs:
+    """The token, then the `num_top` most probable ones in order; a batch is scored with the largest number in it."""
+    position = {token_id: Logprob(logprob, rank)}
+    for place, (top_id, value) in enumerate(zip(top_ids[:num_top], top_values, strict=False), start=1):
+        position.setdefault(top_id, Logprob(value, place))
+    return position

@@ -45,7 +45,7 @@ class LLM:
         backend: "auto", "reference", "cpu" or "gpu".
         load: "mmap" shares the weights' pages with their files on the CPU; "copy" reads them into memory of their own,
             so that files may be rewritten while the model runs.
-        max_batch, max_seq_len, cache_bytes, page_size, split_size, prefill_chunk: see `Engine`.
+        max_batch, max_seq_len, cache_bytes, page_size, split_size, prefill_chunk, graphs, steps_ahead: see `Engine`.
         revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
     Raises:
@@ -67,6 +67,8 @@ class LLM:
         page_size: int = PAGE_SIZE,
         split_size: int = SPLIT_SIZE,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        graphs: bool = True,
+        steps_ahead: int | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
@@ -101,7 +103,10 @@ class LLM:
             page_size=page_size,
             split_size=split_size,
             prefill_chunk=prefill_chunk,
+            graphs=graphs,
+            steps_ahead=steps_ahead,
         )
+        self.engine.make_ready()
 
     def generate(
         self,

@@ -106,3 +106,21 @@ class TokenChunk:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: LlamaFastError | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts of an engine.
+
+    Attributes:
+        decode_steps: decoding steps that were enqueued.
+        captured: numbers of rows that have a captured step; empty where steps are not captured.
+        allocations: times that memory was taken from the device since the engine was ready; None where PyTorch does not
+            count them, as on the CPU.
+        compilations: kernels that the process compiled or loaded since then.
+    """
+
+    decode_steps: int
+    captured: tuple[int, ...]
+    allocations: int | None
+    compilations: int

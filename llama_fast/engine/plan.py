@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from llama_fast.config import LlamaConfig
-from llama_fast.engine.engine import DEFAULT_PREFILL_CHUNK, SCORED_ROWS
+from llama_fast.engine.engine import DEFAULT_PREFILL_CHUNK
 from llama_fast.engine.memory import check_sizes, warn_of_limit
+from llama_fast.engine.warm_up import SCORED_ROWS
 from llama_fast.errors import OutOfMemoryError
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import Checkpoint
@@ -161,7 +162,8 @@ class MemoryPlan:
     @property
     def rows(self) -> list[Row]:
         pages = f"{self.page_bytes // self.page_size:,} bytes a token, {self.page_bytes:,} a page of {self.page_size}"
-        cache = Row("cache", "K and V", self.cache_bytes or self.sequence_bytes, None, pages)
+        # And the page of rows that run without a sequence.
+        cache = Row("cache", "K and V", (self.cache_bytes or self.sequence_bytes) + self.page_bytes, None, pages)
         config, dtype = self.checkpoint.config, self.checkpoint.dtype
         step = step_rows(config, dtype, self.max_batch, self.max_seq_len, self.prefill_chunk)
         return [*self.weights, cache, *step]

@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
-
 from llama_fast.engine.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestMetrics, RequestOutput
 from llama_fast.engine.sampling import ResolvedSampling
 from llama_fast.engine.scheduler import Sequence
@@ -118,8 +116,6 @@ class Sample:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.new_text = ""
-        self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._bias: torch.Tensor | None = None
 
     @cached_property
     def _text(self) -> StoppableText | None:
@@ -142,8 +138,6 @@ class Sample:
         sampling = self.request.sampling
         self.token_ids.append(token_id)
         self.sequence.token_ids.append(token_id)
-        if self._counts is not None:
-            self._counts[1][token_id] += 1
         self.new_text = ""
         if token_id in sampling.stop_token_ids and self.may_stop:
             self._end("stop", token_id)
@@ -168,27 +162,6 @@ class Sample:
             if self._text.stop_string is not None and reason in ("stop", "length"):
                 reason, stop_reason = "stop", self._text.stop_string
         self.finish_reason, self.stop_reason = reason, stop_reason
-
-    def token_counts(self, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For penalties, [vocab_size] each: which ids the prompt has (bool), how often each was generated (int32)."""
-        if self._counts is None:
-            in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            in_prompt[self.request.prompt_token_ids] = True
-            generated = torch.tensor(self.token_ids, dtype=torch.int64, device=device)
-            self._counts = in_prompt, torch.bincount(generated, minlength=vocab_size).to(torch.int32)
-        return self._counts
-
-    def bias(self, vocab_size: int, device: torch.device) -> torch.Tensor | None:
-        """Added to the next logits, fp32 [vocab_size]: logit_bias, -inf at stop ids below min_tokens; None if zero."""
-        sampling = self.request.sampling
-        if sampling.logit_bias and self._bias is None:
-            self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-            self._bias[list(sampling.logit_bias)] = torch.tensor(list(sampling.logit_bias.values()), device=device)
-        if self.may_stop or not sampling.stop_token_ids:
-            return self._bias
-        bias = torch.zeros(vocab_size, dtype=torch.float32, device=device) if self._bias is None else self._bias.clone()
-        bias[list(sampling.stop_token_ids)] = -torch.inf
-        return bias
 
     def output(self) -> CompletionOutput:
         """What is known by now."""

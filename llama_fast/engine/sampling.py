@@ -242,6 +242,11 @@ class ResolvedSampling:
     prompt_logprobs: int | None
     skip_special_tokens: bool
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens of the prompt and of the answer so far count."""
+        return self.repetition_penalty != 1.0 or bool(self.frequency_penalty or self.presence_penalty)
+
 
 def _token_id(key: Any) -> Any:
     """A JSON object's key as an id if it is one's decimal digits, else as it is, for `checked` to refuse."""

@@ -42,7 +42,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens [start, end) of a sequence to run in this step."""
+    """Tokens [start, end) of a sequence to run next."""
 
     sequence: Sequence
     start: int
@@ -86,19 +86,17 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def plan(self) -> list[Work]:
-        """Admit what fits, then choose the step's tokens: every generated token, and prompt chunks up to the budget."""
+        """Admit what fits, then choose the next chunks of prompts, up to the budget; what decodes needs no plan."""
         self._admit()
-        work = []
+        works = []
         budget = self.prefill_chunk
         for sequence in self.running:
             start = sequence.num_computed
-            if start >= sequence.prompt_len:
-                work.append(Work(sequence, start, len(sequence.token_ids)))
-            elif budget:
+            if budget and start < sequence.prompt_len:
                 end = min(sequence.prompt_len, start + budget)
                 budget -= end - start
-                work.append(Work(sequence, start, end))
-        return work
+                works.append(Work(sequence, start, end))
+        return works
 
     def _admit(self) -> None:
         # A sequence whose samples have not forked yet holds the batch places of all of them.
@@ -142,8 +140,8 @@ class Scheduler:
         return forks, source, target
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a running sequence out and release its pages."""
-        self.running.remove(sequence)
+        """Take a sequence out, wherever it is, and release its pages."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
         for pages in (sequence.pages, *sequence.fork_pages):
             self.allocator.release(pages)
         sequence.pages, sequence.fork_pages = [], []

@@ -98,8 +98,11 @@ def pack(
         table += [*chunk.pages, *[0] * (width - len(chunk.pages))]
     # One tensor for all of them: a copy to the device each would take longer than a small model's step.
     fields = (token_ids, slots, seq_ids, rope_lens, query_starts, seq_lens, table)
-    joined = torch.tensor([number for values in fields for number in values], dtype=torch.int64, device=device)
-    tensors = joined.split([len(values) for values in fields])
+    # Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not.
+    padded = [number for values in fields for number in (*values, *[0] * (len(values) % 2))]
+    joined = torch.tensor(padded, dtype=torch.int64, device=device)
+    parts = joined.split([len(values) + len(values) % 2 for values in fields])
+    tensors = [part[: len(values)] for part, values in zip(parts, fields, strict=True)]
     cos, sin = rotary(tensors[1], tensors[3], max(seq_lens, default=0))
     return Batch(
         ops=ops,

@@ -37,11 +37,13 @@ class LayerPages:
 
 
 class PagedKVCache:
-    """Pool [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim] of K and V.
+    """Pool [num_layers, 2, num_pages + 1, num_kv_heads, page_size, head_dim] of K and V.
+
+    The page behind the others, `spare_page`, belongs to no sequence: what runs without one writes there.
 
     Args:
         config: gives num_hidden_layers, num_key_value_heads and head_dim.
-        num_pages: pages in the pool.
+        num_pages: pages for sequences.
         page_size: slots in a page.
         split_size: slots whose softmax is summed together; a multiple of page_size.
         dtype, device: of the pool.
@@ -69,18 +71,18 @@ class PagedKVCache:
             )
         self.page_size = page_size
         self.split_size = split_size
-        self.num_pages = num_pages
+        self.num_pages = self.spare_page = num_pages
         # Views of the pool, made once: a decoding step of a small model would notice the slicing.
         self._layers: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
         self._pool_of_layers: Tensor | None = None
         # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
         # Never in inference mode: the pool outlives the call that makes it.
-        shape = (config.num_hidden_layers, 2, num_pages, config.num_key_value_heads, page_size, config.head_dim)
+        shape = (config.num_hidden_layers, 2, num_pages + 1, config.num_key_value_heads, page_size, config.head_dim)
         with torch.inference_mode(False):
             try:
                 self.pool = torch.empty(shape, dtype=dtype, device=device)
             except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one too
-                size = num_pages * self.page_bytes(config, page_size, dtype)
+                size = (num_pages + 1) * self.page_bytes(config, page_size, dtype)
                 raise OutOfMemoryError(
                     f"the KV cache of {num_pages} pages, {size} bytes, cannot be allocated on {device}; "
                     "lower cache_bytes, max_batch or max_seq_len"

@@ -179,15 +179,25 @@ class LlamaLM(nn.Module):
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
 
-    def prepare(self, ops: ModuleType) -> None:
-        """Make the backend's weights anew if a parameter, a setting or the backend changed since the last call."""
-        if self._prepared == (ops.__name__, self.model.settings(), self._versions()):
-            return
+    def prepare(self, ops: ModuleType) -> object:
+        """Make the backend's weights anew if a parameter, a setting or the backend changed since the last call.
+
+        Returns:
+            The same object as long as the weights that ops read stay where they are.
+        """
+        if self._prepared is not None and self._prepared == (ops.__name__, self.model.settings(), self._versions()):
+            return self._prepared
         self.model.prepare(ops)
         self.prepared_head: Any = ops.prepare_linear([self.lm_head])
         self.prepared_norm = self.model.norm.prepare()
         # Taken again: a backend may have joined parameters and made them views of the whole.
         self._prepared = (ops.__name__, self.model.settings(), self._versions())
+        return self._prepared
+
+    def linears(self) -> list[Any]:
+        """The backend's weights of one layer, which stand for all layers, and of the head."""
+        layer = cast(DecoderLayer, self.model.layers[0])
+        return [layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, self.prepared_head]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are others.

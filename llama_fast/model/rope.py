@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -144,17 +144,35 @@ class RotaryEmbedding:
                 f"positions and rope_lens must both be [num_tokens]; got {tuple(positions.shape)} and "
                 f"{tuple(rope_lens.shape)}"
             )
-        if longest is not None and longest <= TABLE_ROWS and self.rope_type not in ("dynamic", "longrope"):
-            return self._from_table(positions, longest)
+        if self._has_table(longest):
+            cos, sin = self._table(positions.device, longest)
+            return cos.index_select(0, positions), sin.index_select(0, positions)
         return self._computed(positions, rope_lens)
 
-    def _from_table(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        table = self._cos_sin.get(positions.device)
+    def write(self, cos: Tensor, sin: Tensor, positions: Tensor, rope_lens: Tensor, longest: int) -> None:
+        """The same into `cos` and `sin`, fp32 [num_tokens, rotary_dim], which a captured step reads where they are.
+
+        The table is made in the first call, so the first call must not be captured.
+        """
+        if self._has_table(longest):
+            for table, out in zip(self._table(positions.device, longest), (cos, sin), strict=True):
+                torch.index_select(table, 0, positions, out=out)
+        else:
+            for values, out in zip(self._computed(positions, rope_lens), (cos, sin), strict=True):
+                out.copy_(values)
+
+    def _has_table(self, longest: int | None) -> TypeGuard[int]:
+        return longest is not None and longest <= TABLE_ROWS and self.rope_type not in ("dynamic", "longrope")
+
+    def _table(self, device: torch.device, longest: int) -> tuple[Tensor, Tensor]:
+        table = self._cos_sin.get(device)
         if table is None or table[0].shape[0] < longest:
             # Doubled: a growing sequence makes it anew a few times.
-            every = torch.arange(max(1024, 1 << (longest - 1).bit_length()), device=positions.device)
-            table = self._cos_sin[positions.device] = self._computed(every, every)
-        return table[0].index_select(0, positions), table[1].index_select(0, positions)
+            every = torch.arange(max(1024, 1 << (longest - 1).bit_length()), device=device)
+            # Read by steps in every mode, so never an inference tensor.
+            with torch.inference_mode(False), torch.no_grad():
+                table = self._cos_sin[device] = self._computed(every, every)
+        return table
 
     def _computed(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[:, None].to(torch.float32) * self.inv_freq(rope_lens)

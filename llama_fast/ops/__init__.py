@@ -1,9 +1,10 @@
 """The backends. Each is a module that exports the same ops with the same signatures; callers pick one by device.
 
 Graph ops: embed, norm_qkv_rope_cache, attention, linear_residual, norm_gate_up_act, norm_lm_head, sample, log_probs,
-copy_pages, prepare_linear, prepare_layers, run_layers, check_cache. Primitives they are composed of: rms_norm, linear,
-rope_and_cache, silu_mul.
-ROLES_SHARE_RUNS says whether one run of the graph may hold prompt and generated tokens.
+advance, copy_pages, prepare_linear, prepare_layers, run_layers, warm_up_rows, check_cache. Primitives they are composed
+of: rms_norm, linear, rope_and_cache, silu_mul.
+ROLES_SHARE_RUNS says whether one run of the graph may hold prompt and generated tokens, CAPTURABLE whether a decoding
+step may become a CUDA graph (replay.py).
 """
 
 import importlib

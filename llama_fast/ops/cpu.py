@@ -31,7 +31,7 @@ from llama_fast.ops.cpu_linear import ACTIVATION_NUMBERS, LinearWeight, prepare_
 from llama_fast.ops.native import required
 from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import SamplingBatch, check_logits, check_sampling
-from llama_fast.ops.shared import copy_pages, embed
+from llama_fast.ops.shared import advance, copy_pages, embed, warm_up_rows
 from llama_fast.ops.shared import run_layers as run_ops
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from llama_fast.model.llama import DecoderLayer, Norm
 
 __all__ = [
+    "CAPTURABLE",
     "ROLES_SHARE_RUNS",
+    "advance",
     "attention",
     "check_cache",
     "copy_pages",
@@ -60,10 +62,13 @@ __all__ = [
     "run_layers",
     "sample",
     "silu_mul",
+    "warm_up_rows",
 ]
 
 # A generated token has the bits that it would have as a prompt token (tests/ops/test_cpu_one_answer.py).
 ROLES_SHARE_RUNS = True
+# A graph is CUDA's.
+CAPTURABLE = False
 
 _C = required()
 

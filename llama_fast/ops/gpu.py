@@ -1,13 +1,13 @@
 """The GPU backend: the Triton kernels, composed into the ops of the graph.
 
-Prompt and generated tokens (`Batch.generated`) take an attention kernel each, in two runs of the graph, and share all
-others. On CPU tensors the kernels run in Triton's interpreter, where TRITON_INTERPRET=1 was set before the start: slow,
-for tests and debugging.
+Prompt and generated tokens (`Batch.generated`) take an attention kernel each, in two runs of the graph, and where the
+CUDA extension is in use (cuda_extension.py) a linear each; they share all others. On CPU tensors the kernels run in
+Triton's interpreter, where TRITON_INTERPRET=1 was set before the start: slow, for tests and debugging.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.errors import RequestError
+from llama_fast.kernels import configs
 from llama_fast.kernels import int4_linear as int4_kernel
 from llama_fast.kernels import linear as linear_kernel
+from llama_fast.kernels.advance import advance
+from llama_fast.kernels.arguments import INTERPRETED
 from llama_fast.kernels.attention import MAX_HEAD_DIM, attention, page_size_problem
 from llama_fast.kernels.log_probs import log_probs
 from llama_fast.kernels.rms_norm import rms_norm
 from llama_fast.kernels.rope_and_cache import rope_and_cache
 from llama_fast.kernels.sample import sample
 from llama_fast.kernels.silu_mul import silu_mul as silu_mul_kernel
+from llama_fast.ops import cuda_extension
 from llama_fast.ops.activations import Activation
 from llama_fast.ops.reference import LinearPart
 from llama_fast.ops.shared import copy_pages, embed, prepare_layers, run_layers
@@ -34,7 +38,9 @@ if TYPE_CHECKING:
     from llama_fast.ops.reference_int4 import Int4Weight
 
 __all__ = [
+    "CAPTURABLE",
     "ROLES_SHARE_RUNS",
+    "advance",
     "attention",
     "check_cache",
     "copy_pages",
@@ -54,11 +60,14 @@ __all__ = [
     "run_layers",
     "sample",
     "silu_mul",
+    "warm_up_rows",
 ]
 
 # One kernel serves a prompt's rows well and another one token a sequence. Their bits are the same where the MMAs' are,
 # as on sm_90 (tests/kernels/test_attention.py); nothing in the engine counts on it.
 ROLES_SHARE_RUNS = False
+# No op of a decoding step looks at a value on the host or takes memory that outlives it.
+CAPTURABLE = True
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,14 @@ class LinearWeight:
         weight: [out_features, in_features], the parts' rows in their order.
         bias: [out_features] or None.
         activation: of gate and up.
+        by_extension: whether generated rows go to the CUDA extension, however many; prompt rows never do.
     """
 
     parts: tuple[LinearPart, ...]
     weight: Tensor
     bias: Tensor | None
     activation: str | Activation | None
+    by_extension: bool = False
 
 
 def check_cache(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -103,7 +114,10 @@ def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | No
     weight = _joined([part.weight for part in parts])
     biases = [part.bias for part in parts]
     bias = None if biases[0] is None else _joined([bias for bias in biases if bias is not None])
-    return LinearWeight(tuple(LinearPart(part.weight, part.bias) for part in parts), weight, bias, activation)
+    # A function of its own runs on what a plain linear gives.
+    by_extension = cuda_extension.serves(weight, activation if isinstance(activation, str) else None)
+    linear_parts = tuple(LinearPart(part.weight, part.bias) for part in parts)
+    return LinearWeight(linear_parts, weight, bias, activation, by_extension)
 
 
 def _joined(parameters: list[Tensor]) -> Tensor:
@@ -122,6 +136,19 @@ def _joined(parameters: list[Tensor]) -> Tensor:
     return joined
 
 
+def warm_up_rows(weights: Sequence[LinearWeight], most: int) -> list[int]:
+    """Numbers of rows, up to `most`, that make these weights' linears compile kernels of their own; ascending."""
+    if INTERPRETED:
+        return []
+    rows = {1, most}
+    for weight in weights:
+        gated = isinstance(weight.activation, str)
+        out_features = weight.weight.shape[0] // (1 + gated)
+        table = configs.table_of(weight.weight.device)
+        rows |= set(configs.row_thresholds(table, weight.weight.dtype, gated, out_features, most))
+    return sorted(rows)
+
+
 # --- primitives that need more than a kernel -------------------------------------------------------------------------
 
 
@@ -129,9 +156,14 @@ def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
     """x [num_tokens, in_features] times all parts of `weight` -> [num_tokens, sum of out_features], in x's dtype.
 
     Args:
-        generated: whether the rows are generated tokens (see Batch); both roles take one route here.
+        generated: whether the rows are generated tokens (see Batch), which may take a route of their own.
     """
-    return linear_kernel.linear(x, weight.weight, weight.bias)
+    return _linear_of(weight, generated)(x, weight.weight, weight.bias)
+
+
+def _linear_of(weight: LinearWeight, generated: bool) -> Callable[..., Tensor]:
+    """The kernel of a role: nothing else may choose, least of all the number of rows."""
+    return cuda_extension.linear if generated and weight.by_extension else linear_kernel.linear
 
 
 def prepare_int4(parts: Sequence[Int4Weight]) -> int4_kernel.PlanarInt4:
@@ -180,7 +212,7 @@ def norm_qkv_rope_cache(x: Tensor, norm: Norm, qkv: LinearWeight, batch: Batch, 
 
 def linear_residual(x: Tensor, weight: LinearWeight, residual: Tensor, batch: Batch) -> Tensor:
     """residual + linear(x), the projection rounded before the add: [num_tokens, hidden_size]."""
-    return linear_kernel.linear(x, weight.weight, weight.bias, residual=residual)
+    return _linear_of(weight, batch.generated)(x, weight.weight, weight.bias, residual=residual)
 
 
 def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch) -> Tensor:
@@ -188,7 +220,8 @@ def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch)
     normed = rms_norm(x, norm.weight, norm.eps)
     activation = gate_up.activation or "silu"
     if isinstance(activation, str):
-        return linear_kernel.linear(normed, gate_up.weight, gate_up.bias, activation=activation)
+        kernel = _linear_of(gate_up, batch.generated)
+        return kernel(normed, gate_up.weight, gate_up.bias, activation=activation)
     return silu_mul(linear(normed, gate_up, batch.generated), activation)
 
 

@@ -21,7 +21,7 @@ from llama_fast.ops.reference_attention import attention
 from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
-from llama_fast.ops.shared import copy_pages, embed, prepare_layers, run_layers
+from llama_fast.ops.shared import advance, copy_pages, embed, prepare_layers, run_layers, warm_up_rows
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from llama_fast.model.llama import Norm
 
 __all__ = [
+    "CAPTURABLE",
     "ROLES_SHARE_RUNS",
+    "advance",
     "attention",
     "check_cache",
     "copy_pages",
@@ -49,6 +51,7 @@ __all__ = [
     "run_layers",
     "sample",
     "silu_mul",
+    "warm_up_rows",
 ]
 
 # Rows of the LM head widened to fp32 at a time, few enough to stay in cache: at 128256 x 2048 on 2 cores 512 rows took
@@ -58,6 +61,8 @@ HEAD_CHUNK = 512
 
 # A generated token has the bits that it would have as a prompt token, and nothing is gained by separating them.
 ROLES_SHARE_RUNS = True
+# Sampling looks at values on the host.
+CAPTURABLE = False
 
 
 @dataclass(frozen=True)

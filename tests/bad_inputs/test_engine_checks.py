@@ -38,14 +38,15 @@ def _overwrite_cache(_):
 
 def _change_weights(_):
     """After the requests in flight have drawn their last tokens, so that only the next request sees it."""
-    draw = ENGINE.engine._draw
+    step = ENGINE.engine.step
 
-    def drawing(samples, logits):
-        draw(samples, logits)
+    def stepping():
+        samples = step()
         if not ENGINE.engine.scheduler.has_work:
             ENGINE.model.lm_head.weight.data.mul_(-1)
+        return samples
 
-    ENGINE.engine._draw = drawing
+    ENGINE.engine.step = stepping
 
 
 def _keep_page(_):

@@ -742,7 +742,7 @@ def test_cache_size(tiny, monkeypatch, sizes, free_bytes, num_pages):
     monkeypatch.setattr(memory, "free_bytes", lambda device, weight_bytes: free_bytes)
     engine = Engine(tiny, page_size=PAGE, split_size=SPLIT, **sizes)
     assert engine.cache.num_pages == num_pages
-    assert engine.cache.pool.nbytes == num_pages * PAGE_BYTES
+    assert engine.cache.pool.nbytes == (num_pages + 1) * PAGE_BYTES  # and the spare one
 
 
 def test_cache_that_holds_no_sequence(tiny, monkeypatch):

@@ -100,7 +100,7 @@ def test_published_sizes(tmp_path, fields, parameters, token_bytes):
     plan = MemoryPlan(checkpoint, rows, 10**12, max_batch=3, max_seq_len=100)
     assert plan.page_bytes == 64 * token_bytes
     (cache,) = (row for row in plan.rows if row.part == "cache")
-    assert cache.bytes == 3 * 2 * 64 * token_bytes  # two pages each
+    assert cache.bytes == (3 * 2 + 1) * 64 * token_bytes  # two pages each, and one for rows without a sequence
     assert plan.needed_bytes == 2 * parameters + cache.bytes + sum(row.bytes for row in plan.rows if row.part == "step")
 
 
@@ -273,10 +273,10 @@ def test_L01_an_engine_gets_what_was_planned(byte_folder, free, dtype, load):
     free(least)
     llm = LLM(byte_folder, **arguments)
     assert llm.engine.max_seq_len == 2048
-    assert llm.engine.cache.pool.nbytes == plan.sequence_bytes
+    assert llm.engine.cache.pool.nbytes == plan.sequence_bytes + plan.page_bytes
     assert llm.generate("ab", SamplingParams(max_tokens=3))[0].outputs[0].finish_reason == "length"
     free(10 * least)
-    assert LLM(byte_folder, **arguments).engine.cache.pool.nbytes == 2 * plan.sequence_bytes
+    assert LLM(byte_folder, **arguments).engine.cache.pool.nbytes == 2 * plan.sequence_bytes + plan.page_bytes
 
 
 def test_L01_settings_that_would_fit_are_named(byte_folder, free, reads):

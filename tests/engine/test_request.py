@@ -3,7 +3,6 @@
 import types
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -221,18 +220,3 @@ def test_text_goes_on_where_the_prompt_ends(name, prompt, answer):
     sample = make_request(_MODEL, prompt_ids, tokenizer=tokenizer, max_tokens=len(ids)).samples[0]
     texts = _feed(sample, ids)
     assert "".join(texts) == sample.output().text == whole.removeprefix(before)
-
-
-def test_token_counts_follow_the_tokens():
-    vocab_size = _MODEL.config.vocab_size
-    sample = _sample(max_tokens=9)
-    generated = _ids("abba")
-    sample.append(generated[0])  # a token before the counts are first asked for
-    sample.token_counts(vocab_size, torch.device("cpu"))
-    _feed(sample, generated[1:])
-    in_prompt, counts = sample.token_counts(vocab_size, torch.device("cpu"))
-    assert in_prompt.nonzero()[:, 0].tolist() == sorted(set(_ids("hi")))
-    assert {token_id: count for token_id, count in enumerate(counts.tolist()) if count} == {
-        token_id: generated.count(token_id) for token_id in generated
-    }
-    assert (in_prompt.shape, counts.shape) == ((vocab_size,), (vocab_size,))

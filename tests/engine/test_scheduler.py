@@ -18,9 +18,13 @@ def _advance(scheduler, sequence):
 
 
 def _run_step(scheduler):
-    """Run a plan; returns its works. Forks are made and finished samples leave."""
+    """Run a plan, and a token of all that decode; returns the works. Forks are made and finished samples leave."""
     works = scheduler.plan()
-    assert works, "a step without work would never end"
+    decoding = [sequence for sequence in scheduler.running if sequence.num_computed >= sequence.prompt_len]
+    assert works or decoding, "a step without work would never end"
+    for sequence in decoding:
+        assert len(sequence.token_ids) <= len(sequence.pages) * scheduler.page_size
+        _advance(scheduler, sequence)
     for work in works:
         assert work.start == work.sequence.num_computed
         assert work.end <= len(work.sequence.pages) * scheduler.page_size

@@ -1,0 +1,212 @@
+"""Which sample has which row, the draws enqueued ahead of the host, and what of them it has yet to read.
+
+    sizes    the smallest bucket that holds the running samples is run; rows behind it move into gaps first.
+    host     reads each draw's tokens, in order, from a ring of pinned memory. A sample that has ended on the device
+             rests in the steps enqueued behind; one that the host ends (a stop string) draws there what nobody takes.
+
+Everything that the device is told (rows that join, rest or move) is enqueued too, so it comes between the right steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llama_fast.engine.decode_graph import DecodeGraph
+from llama_fast.engine.request import Sample
+from llama_fast.ops import replay
+from llama_fast.ops.shared import AT_REST
+
+OnLogits = Callable[[Sequence[Sample | None], Tensor], None]
+
+
+class _Row:
+    """A sample in a row of the device, counted in draws that are enqueued.
+
+    Attributes:
+        left: tokens that it may still draw.
+        forbids: tokens for which its stop ids stay forbidden.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        sampling = sample.request.sampling
+        self.sample = sample
+        # Without new tokens one is drawn all the same, and dropped.
+        self.left = max(1, sample.sequence.max_len - len(sample.sequence.token_ids))
+        self.forbids = sampling.min_tokens if sampling.stop_token_ids else 0
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether its next draw depends on penalties or bias."""
+        sampling = self.sample.request.sampling
+        return sampling.penalizes or bool(sampling.logit_bias) or self.forbids > 0
+
+    @property
+    def needs_full_step(self) -> bool:
+        return self.has_tables or self.sample.logprobs is not None
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """On its way to the host: `samples` by place (None: a row at rest), their tokens in the ring, and the log
+    probabilities of the places in `scored`."""
+
+    samples: Sequence[Sample | None]
+    ring_place: int
+    scored: Sequence[int]
+    log_probs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token that the host has read.
+
+    Attributes:
+        token_id: -1 where none could be drawn.
+        log_probs: if the sample wants them, as `ops.log_probs` gives them: chosen, rank, top values, top ids.
+    """
+
+    sample: Sample
+    token_id: int
+    log_probs: tuple[float, int, list[float], list[int]] | None
+
+
+class Decoder:
+    """Rows of a DecodeGraph, and draws on their way.
+
+    Args:
+        graph: runs the steps.
+        ops: the backend.
+        device: where it runs.
+        steps_ahead: draws that may be unread when the host waits for the first; default the graph's.
+    """
+
+    def __init__(
+        self, graph: DecodeGraph, ops: ModuleType, device: torch.device, steps_ahead: int | None = None
+    ) -> None:
+        self.graph = graph
+        self._ops = ops
+        self.steps_ahead = graph.steps_ahead if steps_ahead is None else steps_ahead
+        # One more than are unread at most: an interrupt can leave one behind.
+        self._ring = replay.HostRing(self.steps_ahead + 1, graph.max_batch, device)
+        # Sees the samples and logits of every draw, in tests; steps are full ones then.
+        self.on_logits: OnLogits | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all rows and all that is on its way."""
+        self._rows: list[_Row | None] = []
+        self._unread: deque[_Draw] = deque()
+        self.graph.rows.rest_all()
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those that have further tokens to draw."""
+        return [row.sample for row in self._rows if row is not None]
+
+    @property
+    def unread(self) -> int:
+        """Draws that the host has not read."""
+        return len(self._unread)
+
+    @property
+    def may_enqueue(self) -> bool:
+        """Whether a step would draw something, and the host would not fall behind too far."""
+        return self.unread < self.steps_ahead and any(row is not None for row in self._rows)
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def join(self, samples: Sequence[Sample]) -> None:
+        """Take in samples whose prompt is in the cache; `draw` their first token next."""
+        places = []
+        for sample in samples:
+            if None not in self._rows:
+                self._rows.append(None)
+            places.append(self._rows.index(None))
+            self._rows[places[-1]] = _Row(sample)
+        if places:
+            self.graph.rows.join(places, samples)
+
+    def leave(self, sample: Sample, at_rest: bool) -> None:
+        """A sample ended; `at_rest`: its row rests already."""
+        for index, row in enumerate(self._rows):
+            if row is not None and row.sample is sample:
+                if not at_rest:
+                    self.graph.rows.rest(index)
+                self._rows[index] = None
+
+    def _compact(self) -> int:
+        """Move rows into gaps until the smallest bucket holds them; returns its size."""
+        size = self.graph.bucket(len(self.samples))
+        for source in range(size, len(self._rows)):
+            if self._rows[source] is not None:
+                target = self._rows.index(None)
+                self.graph.rows.move(source, target)
+                self._rows[target], self._rows[source] = self._rows[source], None
+        del self._rows[size:]
+        return size
+
+    # --- draws --------------------------------------------------------------------------------------------------------
+
+    def enqueue(self) -> None:
+        """Enqueue a step; some row has a token to draw."""
+        size = self._compact()
+        full = self.on_logits is not None or any(row is not None and row.needs_full_step for row in self._rows)
+        self.graph.run(size, full)
+        samples = [None if row is None else row.sample for row in self._rows]
+        self._push(samples, range(len(samples)), self.graph.drawn[: len(samples)], self.graph.logits)
+
+    def draw(self, samples: Sequence[Sample], logits: Tensor) -> None:
+        """Enqueue a draw for samples that have rows from logits [len(samples), vocab_size] of a run of prompts."""
+        places = {id(row.sample): index for index, row in enumerate(self._rows) if row is not None}
+        indices = [places[id(sample)] for sample in samples]
+        full = any(row is not None and row.has_tables for row in (self._rows[index] for index in indices))
+        on_device = torch.tensor(indices, device=logits.device)
+        rows = self.graph.rows
+        tokens = self._ops.sample(logits, rows.sampling_of(on_device, with_tables=full))
+        self._push(samples, indices, self._ops.advance(tokens, on_device, rows, full), logits)
+
+    def _push(self, samples: Sequence[Sample | None], indices: Sequence[int], drawn: Tensor, logits: Tensor) -> None:
+        """Send a draw to the host, and what else it wants to know; count it for the rows `indices`."""
+        if self.on_logits is not None:
+            self.on_logits(samples, logits)
+        scored = [place for place, sample in enumerate(samples) if sample is not None and sample.logprobs is not None]
+        log_probs: tuple[Tensor, ...] = ()
+        if scored:
+            num_top = max(_num_top(samples[place]) for place in scored)
+            places = torch.tensor(scored, device=drawn.device)
+            log_probs = tuple(
+                map(replay.to_host, self._ops.log_probs(logits[places], drawn[places].clamp(min=0), num_top))
+            )
+        self._unread.append(_Draw(samples, self._ring.push(drawn), scored, log_probs))
+        for index in indices:
+            row = self._rows[index]
+            if row is None:
+                continue
+            row.left -= 1
+            row.forbids -= 1
+            if row.forbids == 0:
+                self.graph.rows.allow_stops(index, row.sample)
+            if not row.left:
+                # The device puts it to rest by its limit: the row is free for others behind this step.
+                self._rows[index] = None
+
+    def read(self) -> list[Drawn]:
+        """Wait for the oldest draw; what of it samples take that have not ended since."""
+        draw = self._unread.popleft()
+        token_ids = self._ring.read(draw.ring_place, len(draw.samples))
+        scores = dict(zip(draw.scored, zip(*(t.tolist() for t in draw.log_probs), strict=True), strict=True))
+        return [
+            Drawn(sample, token_id, scores.get(place))
+            for place, (sample, token_id) in enumerate(zip(draw.samples, token_ids, strict=True))
+            if sample is not None and sample.finish_reason is None and token_id != AT_REST
+        ]
+
+
+def _num_top(sample: Sample | None) -> int:
+    return 0 if sample is None else sample.request.sampling.logprobs or 0

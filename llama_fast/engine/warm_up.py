@@ -1,0 +1,61 @@
+"""What a backend compiles for prompts, compiled before the first one comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llama_fast.engine.decode_rows import DecodeRows
+from llama_fast.model.batch import Chunk, pack
+from llama_fast.model.kv_cache import PagedKVCache
+from llama_fast.model.llama import LlamaLM
+
+# Prompt positions whose logits are in memory at once while prompts are scored.
+SCORED_ROWS = 64
+
+
+def warm_up_prompts(
+    model: LlamaLM, ops: ModuleType, cache: PagedKVCache, rows: DecodeRows, max_batch: int, prefill_chunk: int
+) -> None:
+    """Run prompts of every size that makes kernels of its own, on the spare page of `cache`; `rows` are at rest."""
+    counts = ops.warm_up_rows(model.linears(), prefill_chunk)
+    if not counts:
+        return
+    device, page_size = model.device, cache.page_size
+    for num_tokens, num_seqs in _sizes(counts, max_batch, prefill_chunk):
+        lengths = [num_tokens - num_seqs + 1, *[1] * (num_seqs - 1)]
+        chunks = [Chunk([0] * n, 0, n, [cache.spare_page] * -(-n // page_size)) for n in lengths]
+        batch = pack(ops, model.model.rotary, chunks, cache.split_size, device)
+        hidden_states = model.model.run(batch, cache)
+    most = max(max_batch, SCORED_ROWS)
+    for count in ops.warm_up_rows([model.prepared_head], most):
+        logits = model.logits(hidden_states[:1].repeat(count, 1), ops)
+        index = torch.zeros(min(count, 1), dtype=torch.int64, device=device)
+        _draws(ops, rows, logits[:1], index)
+
+
+def _draws(ops: ModuleType, rows: DecodeRows, logits: Tensor, index: Tensor) -> None:
+    """As Decoder.draw: rows at rest stay so, whatever they are handed."""
+    for full in (False, True):
+        tokens = ops.sample(logits, rows.sampling_of(index, with_tables=full))
+        ops.advance(tokens, index, rows, full)
+    ops.log_probs(logits, tokens.clamp(min=0), 1)
+
+
+def _sizes(counts: list[int], max_batch: int, prefill_chunk: int) -> Iterator[tuple[int, int]]:
+    """(tokens, sequences): every count of rows, and every power of two of sequences, which attention is compiled for.
+
+    The largest last: its memory serves all prompts that follow.
+    """
+    num_seqs = 2
+    while num_seqs <= min(max_batch, prefill_chunk):
+        yield num_seqs, num_seqs
+        num_seqs *= 2
+    # Up to the next power of two.
+    if num_seqs // 2 < min(max_batch, prefill_chunk):
+        yield min(max_batch, prefill_chunk), min(max_batch, prefill_chunk)
+    for count in counts:
+        yield count, 1

@@ -1,0 +1,443 @@
+"""Decoding ahead of the host: rows, buckets, pages and ends, with steps enqueued and not yet read, captured or not."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from llama_fast import LLM, SamplingParams
+from llama_fast.engine.decode_graph import bucket_sizes
+from llama_fast.engine.engine import Engine
+from llama_fast.errors import EngineDeadError, OutOfMemoryError, RequestError
+from llama_fast.ops import replay
+from tests.byte_model import save_byte_model
+from tests.engine.graph_double import capturing
+from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request, op_by_op
+
+PAGE, SPLIT = 8, 32
+VOCAB = 97
+PROMPTS = [[3], [5, 6, 7, 5, 6, 7, 8], [index * 31 % VOCAB for index in range(41)]]
+# Every way to end and everything that a full step is for, with rows that need nothing beside them.
+SPECS = [
+    (PROMPTS[2], {"max_tokens": 6}),
+    (PROMPTS[0], {"max_tokens": 9, "temperature": 1.2, "seed": 4}),
+    (PROMPTS[1], {"max_tokens": 7, "temperature": 1.0, "seed": 8, "n": 2, "repetition_penalty": 1.3}),
+    (PROMPTS[1], {"max_tokens": 12, "temperature": 1.5, "seed": 2, "stop_token_ids": list(range(0, VOCAB, 3))}),
+    (PROMPTS[0], {"max_tokens": 12, "temperature": 1.5, "seed": 3, "stop_token_ids": list(range(40)), "min_tokens": 5}),
+    (PROMPTS[2], {"max_tokens": 5, "logit_bias": {11: 4.0, 3: -100.0}, "logprobs": 3}),
+    (PROMPTS[1], {"max_tokens": 1, "logprobs": 0}),
+    (PROMPTS[2], {"max_tokens": 0, "prompt_logprobs": 1}),
+    (PROMPTS[0], {"max_tokens": 10, "frequency_penalty": 0.5, "presence_penalty": 0.25}),
+    (PROMPTS[1], {"max_tokens": 40, "temperature": 0.7, "seed": 11, "top_k": 9, "top_p": 0.9, "min_p": 0.01}),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_model()
+
+
+def _engine(model, kind=RecordingEngine, **changes):
+    return kind(model, **{"max_batch": 4, "page_size": PAGE, "split_size": SPLIT, "max_seq_len": 96, **changes})
+
+
+def _requests(model):
+    return [make_request(model, prompt, index, **params) for index, (prompt, params) in enumerate(SPECS)]
+
+
+def _run(engine, requests):
+    for _ in engine.run(requests):
+        pass
+    assert engine.scheduler.allocator.num_free == engine.cache.num_pages
+    return requests
+
+
+def _outcome(requests):
+    """All that a caller sees."""
+    return [
+        (request.prompt_logprobs, [(s.token_ids, s.logprobs, s.finish_reason, s.stop_reason) for s in request.samples])
+        for request in requests
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    """One request at a time, one step at a time."""
+    logits, outcomes = {}, []
+    for request in _requests(tiny):
+        engine = _engine(tiny, steps_ahead=1)
+        logits |= engine.generate([request])
+        outcomes += _outcome([request])
+    reasons = [sample[2] for _, samples in outcomes for sample in samples]
+    assert {"stop", "length"} <= set(reasons)
+    return outcomes, logits
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("ahead", [1, 2, 3, 7])
+def test_steps_ahead_and_buckets_change_nothing(tiny, expected, monkeypatch, ahead, captured):
+    """Ten requests through four rows: they join, end on the device or the host, and give rows and pages to the next."""
+    if captured:
+        capturing(monkeypatch)
+    # Pages are short, so that each is taken again as soon as it is free.
+    engine = _engine(tiny, steps_ahead=ahead, cache_bytes=22 * 2 * 2 * 2 * PAGE * 16 * 4)
+    requests = _requests(tiny)
+    logits = engine.generate(requests)
+    assert _outcome(requests) == expected[0]
+    for key, (token_ids, rows) in logits.items():
+        assert token_ids == expected[1][key][0] and torch.equal(rows, expected[1][key][1]), key
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_plain_and_full_steps_give_the_same(tiny, expected, ahead):
+    """Without a watcher of logits steps are plain where no row needs more."""
+    engine, requests = _engine(tiny, Engine, steps_ahead=ahead), _requests(tiny)
+    kinds = []
+    run = engine.decoder.graph.run
+    engine.decoder.graph.run = lambda size, full: (kinds.append(full), run(size, full))
+    assert _outcome(_run(engine, requests)) == expected[0]
+    assert set(kinds) == {False, True}
+
+
+def test_control_a_row_that_is_not_told_of_its_token_shows(tiny, expected, monkeypatch):
+    advance = OPS.advance
+
+    def late(tokens, indices, rows, counted):
+        before = rows.token_ids.clone()
+        out = advance(tokens, indices, rows, counted)
+        if indices is None and len(tokens) > 1:
+            rows.token_ids[1] = before[1]
+        return out
+
+    monkeypatch.setattr(OPS, "advance", late)
+    assert _outcome(_run(_engine(tiny, steps_ahead=3), _requests(tiny))) != expected[0]
+
+
+def _watch_pages(engine):
+    """Before a step is enqueued the page of each slot it will write is the sample's own, and no other sample's; rows
+    without a sample are at rest. Returns the steps' sizes."""
+    decoder, rows, run, steps = engine.decoder, engine.decoder.graph.rows, engine.decoder.graph.run, []
+    page_size = engine.cache.page_size
+
+    def watched(size, full):
+        # A captured step runs rows behind the last sample's, too.
+        for index, row in itertools.zip_longest(range(size), decoder._rows):
+            slot = int(rows.slots[index])
+            page = int(rows.page_table[index, slot // page_size])
+            if row is None or rows.done[index]:
+                assert (slot, page) == (0, engine.cache.spare_page)
+            else:
+                assert page == row.sample.sequence.pages[slot // page_size]
+                assert engine.scheduler.allocator.holders(page) == 1
+        steps.append(size)
+        run(size, full)
+
+    decoder.graph.run = watched
+    return steps
+
+
+# --- texts: what the device does not know -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_folder(tmp_path_factory):
+    return save_byte_model(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_stop_string_in_the_middle_of_an_enqueued_run(byte_folder, monkeypatch, captured):
+    """The host ends the sample late; what was enqueued behind is nobody's, and the next request gets its pages."""
+    if captured:
+        capturing(monkeypatch)
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=1, logprobs=2)
+    llm = LLM(byte_folder, max_batch=4, max_seq_len=128)
+    whole = llm.generate("ab", params)[0].outputs[0]
+    piece = next(text for text in (whole.text[k : k + 2] for k in range(8, 30)) if text.isprintable())
+    prompts = ["cd", "e", "f", "ab", "ab", "cd"]
+    stop = SamplingParams(max_tokens=30, temperature=1.0, seed=1, logprobs=2, stop=piece)
+    every = [params, params, params, stop, stop, params]
+    expected = [llm.generate(prompt, one)[0] for prompt, one in zip(prompts, every, strict=True)]
+    assert expected[3].outputs[0].stop_reason == piece
+    page_bytes = llm.engine.cache.page_bytes(llm.model.config, 64, torch.float32)
+    for ahead in (1, 2, 5):
+        small = LLM(byte_folder, steps_ahead=ahead, max_batch=4, max_seq_len=128, cache_bytes=8 * page_bytes)
+        _watch_pages(small.engine)
+        for one, other in zip(small.generate(prompts, every), expected, strict=True):
+            assert one.outputs == other.outputs
+
+
+# --- rows and steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"),
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (8, [1, 2, 4, 8]),
+        (33, [1, 2, 4, 8, 16, 24, 32, 33]),
+        (144, [1, 2, 4, *range(8, 129, 8), 144]),
+        (320, [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), 288, 320]),
+    ],
+)
+def test_bucket_sizes(max_batch, sizes):
+    assert bucket_sizes(max_batch) == sizes
+
+
+def test_the_smallest_bucket_that_holds_the_running_samples_is_replayed(tiny, monkeypatch):
+    capturing(monkeypatch)
+    engine = _engine(tiny, Engine, max_batch=9)
+    assert engine.stats().captured == (1, 2, 4, 8, 9)
+    sizes, live = [], []
+    run = engine.decoder.graph.run
+
+    def watched(size, full):
+        live.append(len(engine.decoder.samples))
+        sizes.append(size)
+        # Behind the rows of this step nothing runs.
+        assert not (engine.decoder.graph.rows.done[size:] == 0).any()
+        run(size, full)
+
+    engine.decoder.graph.run = watched
+    budgets = [3, 9, 2, 5, 12, 2, 7, 4, 3]
+    _run(engine, [make_request(tiny, PROMPTS[1], index, max_tokens=n) for index, n in enumerate(budgets)])
+    # Tokens beyond the first are drawn by steps; nobody draws more than its own.
+    assert live == [sum(budget > step for budget in budgets) for step in range(1, max(budgets))]
+    assert sizes == [next(size for size in (1, 2, 4, 8, 9) if size >= count) for count in live]
+
+
+def test_no_step_is_enqueued_behind_the_last_token(tiny):
+    engine = _engine(tiny, Engine, steps_ahead=8)
+    _run(engine, [make_request(tiny, PROMPTS[1], max_tokens=5)])
+    assert engine.stats().decode_steps == 4
+    _run(engine, [make_request(tiny, PROMPTS[1], max_tokens=1), make_request(tiny, PROMPTS[0], max_tokens=0)])
+    assert engine.stats().decode_steps == 4
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 5])
+def test_stop_tokens_are_allowed_from_the_right_step_on(tiny, ahead, min_tokens):
+    """A stop token that any step would draw comes as soon as it may: behind `min_tokens` others."""
+    engine = _engine(tiny, Engine, steps_ahead=ahead)
+    params = {"max_tokens": 9, "min_tokens": min_tokens, "stop_token_ids": [7], "logit_bias": {7: 100.0}}
+    requests = _run(
+        engine, [make_request(tiny, PROMPTS[1], 0, **params), make_request(tiny, PROMPTS[0], 1, max_tokens=20)]
+    )
+    token_ids = requests[0].samples[0].token_ids
+    assert len(token_ids) == min_tokens + 1 and token_ids.index(7) == min_tokens
+    assert requests[0].samples[0].finish_reason == "stop"
+
+
+def test_steps_are_enqueued_before_the_first_is_read(tiny, monkeypatch):
+    engine = _engine(tiny, Engine, steps_ahead=3)
+    order = []
+    for owner, name in ((engine.decoder.graph, "run"), (engine.decoder, "read"), (engine.decoder, "draw")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, m=method, n=name: (order.append(n), m(*a))[1])
+    _run(engine, [make_request(tiny, PROMPTS[0], max_tokens=6)])
+    assert order == ["draw", "run", "run", "read", "run", "read", "run", "read", "run", "read", "read", "read"]
+
+
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_every_enqueued_step_finds_its_pages(tiny, ahead):
+    engine = _engine(tiny, Engine, steps_ahead=ahead)
+    steps = _watch_pages(engine)
+    _run(engine, _requests(tiny))
+    assert len(steps) > 20
+
+
+def test_a_row_that_ended_writes_no_more(tiny, monkeypatch):
+    """Its slots keep their bits while the steps that were enqueued behind its last token run."""
+    stops = list(range(VOCAB))
+    engine = _engine(tiny, Engine, steps_ahead=6)
+    ends = make_request(tiny, PROMPTS[2], 0, max_tokens=30, stop_token_ids=stops, min_tokens=0)
+    goes_on = make_request(tiny, PROMPTS[1], 1, max_tokens=30)
+    states = []
+    read = engine.decoder.read
+
+    def reading():
+        if not states:
+            pages = ends.samples[0].sequence.pages
+            states.append((pages, engine.cache.pool[:, :, pages].clone()))
+            # Enough steps are on their way for the row to have written, if it did.
+            assert engine.decoder.unread == 6
+        return read()
+
+    run = engine.decoder.graph.run
+    before = []
+
+    def first(size, full):
+        if not before:
+            before.append(engine.cache.pool[:, :, ends.samples[0].sequence.pages].clone())
+        run(size, full)
+
+    monkeypatch.setattr(engine.decoder, "read", reading)
+    monkeypatch.setattr(engine.decoder.graph, "run", first)
+    _run(engine, [ends, goes_on])
+    assert ends.samples[0].token_ids and ends.samples[0].finish_reason == "stop"
+    written = [torch.nan_to_num(pool, nan=7.0) for pool in (before[0], states[0][1])]
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_an_aborted_request_leaves_the_others_as_they_are(tiny, expected, ahead, after):
+    """Before it runs, with its prompt half in the cache, with steps enqueued: pages come back, tokens are kept."""
+    engine, requests = _engine(tiny, Engine, steps_ahead=ahead, prefill_chunk=20), _requests(tiny)
+    aborted = (0, 2, 9)
+    for step, _ in enumerate(engine.run(requests)):
+        if step == after:
+            for index in aborted:
+                engine.abort(requests[index])
+    assert engine.scheduler.allocator.num_free == engine.cache.num_pages
+    for index, (got, whole) in enumerate(zip(_outcome(requests), expected[0], strict=True)):
+        if index not in aborted:
+            assert got == whole
+            continue
+        for (token_ids, _, reason, _), (all_ids, _, end, _) in zip(got[1], whole[1], strict=True):
+            assert token_ids == all_ids[: len(token_ids)]
+            assert reason == ("abort" if len(token_ids) < len(all_ids) else end)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_closed_stream_drops_what_is_enqueued(tiny, expected, steps):
+    engine = _engine(tiny, Engine, steps_ahead=4)
+    with contextlib.closing(engine.run(_requests(tiny))) as stream:
+        for _ in itertools.islice(stream, steps):
+            pass
+    requests = _requests(tiny)
+    assert _outcome(_run(engine, requests)) == expected[0]
+
+
+# --- memory and faults ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_at_capture_leaves_smaller_buckets(tiny, expected, monkeypatch, caplog):
+    """The largest bucket's second graph and the next one's first find no memory: one message, fewer rows at once."""
+    capturing(monkeypatch, out_of_memory=[2, 3])
+    engine = _engine(tiny, Engine, max_batch=16)
+    engine.make_ready()
+    assert engine.stats().captured == (1, 2, 4) and engine.max_batch == 4
+    messages = [record.message for record in caplog.records if "memory is left" in record.message]
+    assert messages == ["memory is left to decode 4 sequences at once, not 16; lower cache_bytes for more"]
+    assert _outcome(_run(engine, _requests(tiny))) == expected[0]
+    with pytest.raises(RequestError, match="n=5 exceeds max_batch=4"):
+        engine.check(make_request(tiny, PROMPTS[0], n=5, temperature=1.0))
+
+
+def test_out_of_memory_at_every_capture_is_an_error(tiny, monkeypatch):
+    capturing(monkeypatch, out_of_memory=range(1, 100))
+    with pytest.raises(OutOfMemoryError, match="no memory is left to capture a decoding step; lower cache_bytes"):
+        _engine(tiny, Engine).make_ready()
+
+
+def test_another_error_at_capture_is_not_hidden(tiny, monkeypatch):
+    made = capturing(monkeypatch)
+    engine = _engine(tiny, Engine)
+    made[0].make = lambda step: (_ for _ in ()).throw(ValueError("planted"))
+    with pytest.raises(ValueError, match="planted"):
+        engine.make_ready()
+
+
+def test_steps_are_captured_again_when_weights_change(monkeypatch):
+    made = capturing(monkeypatch)
+    model = make_model()
+    engine = _engine(model, Engine)
+    _run(engine, [make_request(model, PROMPTS[0], max_tokens=3)])
+    count = made[0].captured
+    _run(engine, [make_request(model, PROMPTS[0], max_tokens=3)])
+    assert made[0].captured == count
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    changed = _run(engine, [make_request(model, PROMPTS[0], max_tokens=3)])
+    assert made[0].captured == 2 * count
+    assert _outcome(changed) == _outcome(_run(_engine(model, Engine), [make_request(model, PROMPTS[0], max_tokens=3)]))
+
+
+@pytest.mark.parametrize("op", ["embed", "attention", "norm_lm_head", "sample", "advance", "copy_pages", "log_probs"])
+def test_L02_prompts_without_memory_end_alone(tiny, expected, monkeypatch, op):
+    """Out of memory while prompts run: their requests end with the error, the others go on, memory comes back."""
+    engine = _engine(tiny, Engine)
+    requests = _requests(tiny)
+    stream = engine.run(requests)
+    next(stream)
+    joined = [sample.request.index for sample in engine.decoder.samples]
+    assert joined
+    fail_at(monkeypatch, op, 1, torch.OutOfMemoryError)
+    plain = engine._run_prompts
+    failing = []
+
+    def prompts_only(works):
+        """Decoding steps allocate nothing: only prompts can fail."""
+        failing.extend(engine._samples[work.sequence].request.index for work in works)
+        plain(works)
+
+    monkeypatch.setattr(engine, "_run_prompts", prompts_only)
+    monkeypatch.setattr(engine.ops, "ROLES_SHARE_RUNS", False)
+    decoding = engine.decoder.graph.run
+    undisturbed = getattr(OPS, op)
+
+    def step(size, full):
+        with monkeypatch.context() as patch:
+            patch.setattr(OPS, op, REAL[op])
+            decoding(size, full)
+
+    monkeypatch.setattr(engine.decoder.graph, "run", step)
+    assert undisturbed is not REAL[op]
+    for _ in stream:
+        pass
+    assert engine.scheduler.allocator.num_free == engine.cache.num_pages
+    failed = [request for request in requests if isinstance(request.error, OutOfMemoryError)]
+    if failed:
+        assert "lower prefill_chunk, cache_bytes or max_batch" in str(failed[0].error)
+    for index, (got, whole) in enumerate(zip(_outcome(requests), expected[0], strict=True)):
+        if requests[index].error is None:
+            assert got == whole
+        else:
+            assert index in failing and all(reason == "error" for *_, reason, _ in got[1])
+
+
+REAL = {
+    name: getattr(OPS, name)
+    for name in ("embed", "attention", "norm_lm_head", "sample", "advance", "copy_pages", "log_probs")
+}
+
+
+def test_L02_a_decoding_step_without_memory_leaves_the_engine_usable(tiny, expected, monkeypatch):
+    engine = _engine(tiny, Engine)
+    with monkeypatch.context() as patch:
+        op_by_op(patch)
+        fail_at(patch, "attention", 5, torch.OutOfMemoryError)
+        with pytest.raises(torch.OutOfMemoryError):
+            _run(engine, [make_request(tiny, PROMPTS[0], max_tokens=9)])
+    assert _outcome(_run(engine, _requests(tiny))) == expected[0]
+
+
+@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access was encountered", "Triton Error [CUDA]: x"])
+def test_L05_after_a_device_error_the_engine_gives_no_token(tiny, monkeypatch, message):
+    engine = _engine(tiny, Engine)
+    with monkeypatch.context() as patch:
+        fail_at(patch, "sample", 3, lambda _: torch.AcceleratorError(message))
+        with pytest.raises(EngineDeadError, match="start a new process") as raised:
+            _run(engine, [make_request(tiny, PROMPTS[0], max_tokens=9)])
+        assert message in str(raised.value)
+    # The device works again as far as this test goes; the engine does not try.
+    with pytest.raises(EngineDeadError):
+        next(engine.run([make_request(tiny, PROMPTS[0], max_tokens=9)]))
+    with pytest.raises(EngineDeadError):
+        engine.step()
+
+
+def test_L04_without_pinned_memory_results_are_read_from_plain_memory(monkeypatch, caplog):
+    empty = torch.empty
+
+    def refusing(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    memory = replay.host_empty((2, 3), torch.int64, torch.device("cuda"))
+    assert memory.shape == (2, 3) and not memory.is_pinned()
+    assert "no pinned memory" in caplog.text
