@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from serving_bounds import decode_kv_bytes, decode_weight_bytes, prefill_flops
+from serving_common import differs_from_alone
 from shapes import SHAPES, write_checkpoint
 from timing import Summary, linear_flops, print_json, read_bandwidth
 from tqdm import tqdm
@@ -45,29 +47,6 @@ _EXAMPLES = """examples:
   python bench/bench_generate.py --smoke                                in seconds: does the bench work"""
 
 
-def decode_weight_bytes(model: LlamaLM) -> int:
-    """What a decode step reads of the weights: all of them once, but of an embedding of its own only a few rows."""
-    unread = set() if model.config.tie_word_embeddings else {model.model.embed_tokens.weight}
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter not in unread)
-
-
-def decode_kv_bytes(model: LlamaLM, batch_size: int, context: float) -> float:
-    """What a decode step reads of the cache: K and V of `context` tokens for each sequence."""
-    config = model.config
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return batch_size * context * values * model.dtype.itemsize
-
-
-def prefill_flops(model: LlamaLM, batch_size: int, prompt_len: int) -> int:
-    """Two FLOPs for each multiply-add of the layers' matmuls, Q K^T, P V and the LM head on the last tokens."""
-    config = model.config
-    matrices = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.ndim == 2)
-    pairs = prompt_len * (prompt_len + 1) // 2  # (query, key) under the causal mask
-    attention = 2 * pairs * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    head = config.vocab_size * config.hidden_size
-    return 2 * batch_size * (prompt_len * matrices + attention + head)
-
-
 @dataclass(frozen=True)
 class Run:
     """One batch: tokens of each prompt, their log probabilities if asked for, and times in seconds."""
@@ -87,7 +66,7 @@ def run_batch(model: LlamaLM, prompts: Sequence[list[int]], output_len: int, bac
     for index, prompt in enumerate(prompts):
         size = {"prompt_len": len(prompt), "max_seq_len": longest, "vocab_size": model.config.vocab_size}
         requests.append(Request(None, prompt, params.resolve(GenerationDefaults(), None, **size), None, index))
-    model.prepare(engine.ops)  # once a weight change, not once a call
+    engine.make_ready()  # else the first step would
     samples = [request.samples[0] for request in requests]
     prefill_s, steps = 0.0, []
     start = last = time.perf_counter()
@@ -107,12 +86,7 @@ def run_batch(model: LlamaLM, prompts: Sequence[list[int]], output_len: int, bac
 
 def differs_in_a_batch(model: LlamaLM, prompts: Sequence[list[int]], output_len: int, backend: str) -> str | None:
     """What differs between the batch and its first, middle and last prompt alone; None if nothing does."""
-    together = run_batch(model, prompts, output_len, backend, scored=True)
-    for index in sorted({0, len(prompts) // 2, len(prompts) - 1}):
-        alone = run_batch(model, prompts[index : index + 1], output_len, backend, scored=True)
-        if (alone.token_ids[0], alone.logprobs[0]) != (together.token_ids[index], together.logprobs[index]):
-            return f"prompt {index} alone and in a batch of {len(prompts)} give different tokens or log probabilities"
-    return None
+    return differs_from_alone(lambda some: run_batch(model, some, output_len, backend, scored=True), prompts)
 
 
 @torch.no_grad()

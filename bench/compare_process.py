@@ -28,13 +28,27 @@ class Process:
     In a session of its own: Ctrl-C reaches the driver alone, which then ends all of them. Should the driver be killed,
     they end at the end of their input.
 
+    Attributes:
+        worker: another script that answers, of a subclass.
+
     Args:
         python: the interpreter that has the program.
-        options: of compare_workers.py; its `--threads` goes to OpenMP too.
+        options: of the worker; its `--threads` goes to OpenMP too.
     """
 
+    worker: Path | None = None
+
     def __init__(self, python: str, program: str, model: Path, threads: int, *options: str) -> None:
-        command = [python, str(_WORKER), program, "--model", str(model), "--threads", str(threads), *options]
+        command = [
+            python,
+            str(self.worker or _WORKER),
+            program,
+            "--model",
+            str(model),
+            "--threads",
+            str(threads),
+            *options,
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(

@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ class LlamaCpp(Program):
     Its own defaults but for threads and sizes; the argmax is numpy's, which costs less than its greedy sampler.
     """
 
+    gpu_layers = 0
+
     def __init__(self, args: argparse.Namespace) -> None:
         import llama_cpp
         import numpy as np
@@ -119,7 +121,7 @@ class LlamaCpp(Program):
         lib = self.lib
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = self.gpu_layers
         self.model = lib.llama_model_load_from_file(os.fsencode(self.args.model), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {self.args.model}")
@@ -132,6 +134,7 @@ class LlamaCpp(Program):
         if key not in self.contexts:
             params = lib.llama_context_default_params()
             params.n_ctx, params.n_seq_max = num_sequences * seq_len, num_sequences
+            params.n_batch = max(params.n_batch, params.n_ctx)  # all prompts are handed over at once
             params.n_threads = params.n_threads_batch = self.args.threads
             context = lib.llama_init_from_model(self.model, params)
             if not context:
@@ -221,23 +224,13 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", choices=("llama_fast", "llama.cpp", "transformers"))
-    parser.add_argument("--model", type=Path, required=True, help="folder, or llama.cpp's file")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--backend", default="auto", help="llama_fast's")
-    args = parser.parse_args()
+def answer_requests(make_program: Callable[[], Program]) -> None:
+    """Answer each line of stdin until it ends; the one answer of a program that cannot be imported is "absent"."""
     # What libraries print must not get between the answers.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
-        if args.program == "llama_fast":
-            from compare_ours import LlamaFast as program_class
-        else:
-            program_class = {"llama.cpp": LlamaCpp, "transformers": Transformers}[args.program]
-        program = program_class(args)
+        program = make_program()
     except ImportError as error:
         sys.stdin.readline()
         print(json.dumps({"absent": str(error)}), file=out)
@@ -251,6 +244,25 @@ def main() -> None:
         # Whatever a program raises is its own failure, told to the driver, who goes on with the others.
         except Exception as error:
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", choices=("llama_fast", "llama.cpp", "transformers"))
+    parser.add_argument("--model", type=Path, required=True, help="folder, or llama.cpp's file")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--backend", default="auto", help="llama_fast's")
+    args = parser.parse_args()
+
+    def make_program() -> Program:
+        if args.program == "llama_fast":
+            from compare_ours import LlamaFast
+
+            return LlamaFast(args)
+        return {"llama.cpp": LlamaCpp, "transformers": Transformers}[args.program](args)
+
+    answer_requests(make_program)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM as HFModel
 
-from llama_fast.engine.engine import Engine
+from llama_fast.model.llama import LlamaLM
 from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,21 +106,22 @@ def test_every_full_decode_step_is_timed_and_no_other(bench, folder):
 
 
 def test_refuses_to_time_batches_that_change_the_answer(run, monkeypatch):
-    sampled = Engine._draw
+    exact = LlamaLM.logits
 
-    def worse(engine, samples, logits):
+    def worse(model, hidden_states, ops):
         # A rounding error that depends on the company; far too small to change a token.
-        sampled(engine, samples, logits if len(samples) == 1 else logits + 1e-3 * torch.randn_like(logits))
+        logits = exact(model, hidden_states, ops)
+        return logits if len(logits) == 1 else logits + 1e-3 * torch.randn_like(logits)
 
-    monkeypatch.setattr(Engine, "_draw", worse)
+    monkeypatch.setattr(LlamaLM, "logits", worse)
     status, out, err = run()
     assert (status, out) == (1, "")
     assert "refusing to time: batch_equals_alone: prompt 0 alone and in a batch of 3" in err
 
 
 def test_refuses_to_time_what_transformers_answers_differently(run, monkeypatch):
-    sampled = Engine._draw
-    monkeypatch.setattr(Engine, "_draw", lambda engine, samples, logits: sampled(engine, samples, -logits))
+    exact = LlamaLM.logits
+    monkeypatch.setattr(LlamaLM, "logits", lambda model, hidden_states, ops: -exact(model, hidden_states, ops))
     status, out, err = run()
     assert (status, out) == (1, "")
     assert "refusing to time: equals_transformers_in_fp32: at token" in err

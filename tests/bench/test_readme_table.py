@@ -11,7 +11,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def _report(root, *arguments):
-    command = [sys.executable, str(root / "bench" / "report.py"), *arguments]
+    command = [sys.executable, str(root / "bench" / "readme_table.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -24,9 +24,11 @@ def root(tmp_path):
     """A checkout with the report, one kernel and an empty table."""
     for folder in ("bench/results/machine", "kernels"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("report.py", "sources.py"):
+    for name in ("readme_table.py", "sources.py", "gpu_report_targets.py"):
         (tmp_path / "bench" / name).write_text((_ROOT / "bench" / name).read_text())
-    (tmp_path / "README.md").write_text("before\n<!-- bench/report.py writes this -->\n<!-- until here -->\nafter\n")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- bench/readme_table.py writes this -->\n<!-- until here -->\nafter\n"
+    )
     return tmp_path
 
 
@@ -34,7 +36,7 @@ def test_a_changed_figure_and_a_missing_result_show(root):
     readme = root / "README.md"
     assert _report(root, "--check").returncode == 1
     assert _report(root).returncode == 0
-    assert readme.read_text().count("not measured yet") == 4
+    assert readme.read_text().count("not measured yet") == 7
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith("\nafter\n")
 
@@ -91,7 +93,7 @@ def test_kernels_are_a_table_and_stale_ones_say_so(root):
         _kernel_row(context=32768),
     ]
     text = _kernels_say(root, "kernels", sources, rows)
-    assert "Kernels: 3 results" in text and text.count("not measured yet") == 3
+    assert "Kernels: 3 results" in text and text.count("not measured yet") == 6
     assert "| linear | 8b, qkv | 1 | 16.80 us | 21.00 us | 80.0% | 24.25 us | machine |" in text
     assert "| linear | 8b, qkv | 4,096 | 16.80 us | 21.00 us | 80.0% |  | machine |" in text
     # attention.py is not there any more, or never was what was measured.
@@ -111,7 +113,7 @@ def test_refused_kernels_show_and_bounds_alone_do_not(root):
     assert "| linear | 8b, qkv | 1 | 16.80 us | refused (stale) |  |  | machine |" in text
     bound = {name: value for name, value in refused.items() if name != "refused"}
     text = _kernels_say(root, "kernels-1", {}, [bound])
-    assert text.count("not measured yet") == 4
+    assert text.count("not measured yet") == 7
 
 
 def test_what_a_hash_depends_on(root):
@@ -132,3 +134,97 @@ def test_what_a_hash_depends_on(root):
         assert _hash(root, "a") == first, name
         path.write_text(before)
     assert _hash(root, "a") == first
+
+
+def _report_file(root, measured=True, **changes):
+    """A report of gpu_report.py with one kernel and one model."""
+    kernels = {
+        "bench": "kernels",
+        "measured": True,
+        "sources": {"linear": _hash(root, "linear")},
+        "rows": [_kernel_row()],
+    }
+    step = {"model": "8b", "kind": "decode", "batch": 1, "context": 1024, "variant": None, "bound_ms": 4.0}
+    step |= {"ms": {"median": 5.0, "p10": 4.9, "p90": 5.1}, "share": 0.8}
+    target = {"name": "8B decode", "sign": ">=", "wanted": 0.85, "unit": "of bound", "reached": 0.8, "met": False}
+    result = {
+        "bench": "gpu_report",
+        "measured": measured,
+        "num_threads": 2,
+        "sources": {"linear": _hash(root, "linear"), "cuda_extension": "0" * 64},
+        "sections": {
+            "kernel_times": {"results": {"kernels": kernels}},
+            "model_8b": {"results": {"steps": [step]}},
+        },
+        "targets": [target, {**target, "name": "unknown", "reached": None, "met": None}],
+        **changes,
+    }
+    (root / "bench" / "results" / "machine" / "report.json").write_text(json.dumps(result))
+    assert _report(root).returncode == 0
+    return (root / "README.md").read_text()
+
+
+def test_a_report_gives_targets_models_and_kernels(root):
+    (root / "kernels" / "linear.py").write_text("TILE = 64\n")
+    text = _report_file(root)
+    assert "| 8B decode | at least 85.0% of bound | 80.0% of bound | no | machine |" in text
+    assert "| unknown | at least 85.0% of bound | not measured yet |  | machine |" in text
+    assert "| 8b | decode | 1 | 1,024 | 4.00 ms | 5.00 ms | 80.0% | machine |" in text
+    assert "| linear | 8b, qkv | 1 | 16.80 us | 21.00 us | 80.0% | 24.25 us | machine |" in text
+
+    (root / "kernels" / "linear.py").write_text("TILE = 128\n")
+    assert _report(root, "--check").returncode == 1
+    assert _report(root).returncode == 0
+    text = (root / "README.md").read_text()
+    assert "| 80.0% of bound (stale) |" in text and "| 5.00 ms (stale) |" in text and "| 21.00 us (stale) |" in text
+
+
+def test_a_report_takes_the_place_of_older_rows_of_its_gpu(root):
+    (root / "kernels" / "linear.py").write_text("TILE = 64\n")
+    older = [_kernel_row(us={"median": 99.0, "p10": 99.0, "p90": 99.0}), _kernel_row(rows=64)]
+    _kernels_say(root, "kernels", {"linear": _hash(root, "linear")}, older)
+    text = _report_file(root)
+    assert "99.00 us" not in text and "Kernels: 2 results" in text
+
+
+def test_a_report_without_a_gpu_claims_nothing(root):
+    text = _report_file(root, measured=False)
+    assert "of bound" not in text and text.count("not measured yet") == 7
+
+
+def test_how_a_kernel_is_proven(root):
+    (root / "kernels" / "linear.py").write_text("TILE = 64\n")
+    (root / "kernels" / "helper.py").write_text("")
+    (root / "tests" / "kernels").mkdir(parents=True)
+    (root / "tests" / "kernels" / "test_linear.py").write_text("")
+    compiled = root / "bench" / "results" / "compile" / "triton"
+    compiled.mkdir(parents=True)
+    rows = [{"kernel": "linear._linear_kernel", "arch": 90, "uses": {}}]
+    (compiled / "sm_90.json").write_text(json.dumps({"bench": "compile", "rows": rows}))
+    _report(root)
+    text = (root / "README.md").read_text()
+    assert "| linear | test_linear.py | sm_90 | not measured yet |" in text and "helper" not in text
+    assert "| linear | test_linear.py | sm_90 | machine |" in _report_file(root)
+    stale = {"linear": "0" * 64}
+    text = _kernels_say(root, "kernels", stale, [_kernel_row(rows=8)])
+    assert "| linear | test_linear.py | sm_90 | machine |" in text
+    (root / "bench" / "results" / "machine" / "report.json").unlink()
+    _report(root)
+    assert "| linear | test_linear.py | sm_90 | machine (stale) |" in (root / "README.md").read_text()
+
+
+def test_serving_benches_are_shown_as_they_are(root):
+    row = {
+        "program": "llama_fast",
+        "batch_size": 16,
+        "context": 1024,
+        "ttft_bound_s": 0.1,
+        "ttft_s": {"p50": 0.2, "p99": 0.3},
+    }
+    row |= {"ttft_share_of_bound": 0.5, "joules_per_token": None, "num_bytes": 10}
+    result = {"bench": "latency", "model": "8b", "dtype": "bfloat16", "backend": "gpu", "num_threads": 2, "rows": [row]}
+    (root / "bench" / "results" / "machine" / "latency.json").write_text(json.dumps(result))
+    assert _report(root).returncode == 0
+    text = (root / "README.md").read_text()
+    assert "| model | program | batch size | context | ttft bound s | ttft s | ttft share of bound | where |" in text
+    assert "| 8b, bfloat16 | llama_fast | 16 | 1,024 | 100.00 ms | 200.00 ms | 50.0% | machine |" in text
