@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/advance.h"
 #include "cpu/calls.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
@@ -129,7 +130,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native CPU kernels of llama_fast; use them through llama_fast.ops.cpu.";
 
     // llama_fast/ops/native.py refuses another number: change both with any change of a signature or of an order.
-    module.attr("interface") = 1;
+    module.attr("interface") = 2;
     module.def("instruction_sets", &instruction_sets, "Names of the instruction sets that run here, best first.");
     module.def("selected", [] { return std::string(kernels().name); }, "The instruction set in use.");
     module.def("select", &select_kernels, py::arg("name"), "Use another instruction set; ValueError if it cannot run.");
@@ -169,6 +170,30 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_tokens"), py::arg("num_seqs"), py::arg("max_pages"), py::arg("slots"), py::arg("seq_ids"),
              py::arg("query_starts"), py::arg("seq_lens"), py::arg("page_table"))
         .def("problem", &Places::problem, py::arg("num_pages"), py::arg("page_size"));
+
+    py::class_<DecodeRows>(module, "DecodeRows", "Buffers with one row a sequence that decodes.")
+        .def(py::init([](Address token_ids, Address slots, Address seq_lens, Address limits, Address done,
+                         Address page_table, Address stop_mask, Address output_counts, int64_t max_pages,
+                         int64_t vocab_size, int64_t spare_page) {
+                 return DecodeRows{at<int64_t>(token_ids),
+                                   at<int64_t>(slots),
+                                   at<int64_t>(seq_lens),
+                                   at<int64_t>(limits),
+                                   at<int64_t>(done),
+                                   at<int64_t>(page_table),
+                                   at<const bool>(stop_mask),
+                                   at<int32_t>(output_counts),
+                                   max_pages,
+                                   vocab_size,
+                                   spare_page};
+             }),
+             py::arg("token_ids"), py::arg("slots"), py::arg("seq_lens"), py::arg("limits"), py::arg("done"),
+             py::arg("page_table"), py::arg("stop_mask"), py::arg("output_counts"), py::arg("max_pages"),
+             py::arg("vocab_size"), py::arg("spare_page"));
+    module.def("advance", [](const DecodeRows& rows, Address tokens, Address indices, int64_t count, bool counted,
+                             Address out) {
+        advance(rows, at<const int64_t>(tokens), at<const int64_t>(indices), count, counted, at<int64_t>(out));
+    });
 
     module.def(
         "linear",

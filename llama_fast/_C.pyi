@@ -32,6 +32,22 @@ class Places:
     ) -> None: ...
     def problem(self, num_pages: int, page_size: int) -> str: ...
 
+class DecodeRows:
+    def __init__(
+        self,
+        token_ids: int,
+        slots: int,
+        seq_lens: int,
+        limits: int,
+        done: int,
+        page_table: int,
+        stop_mask: int,
+        output_counts: int,
+        max_pages: int,
+        vocab_size: int,
+        spare_page: int,
+    ) -> None: ...
+
 interface: int
 
 def instruction_sets() -> list[str]: ...

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_fast.engine.request import Sample
 from llama_fast.ops.reference_sample import SamplingBatch
+from llama_fast.ops.transfers import to_device
 
 # Fields begin at multiples of 16 bytes, which kernels count on.
 _ROW_MULTIPLE = 16
@@ -32,8 +34,10 @@ class DecodeRows:
         stop_mask: bool [capacity, vocab_size], the tokens that end a sequence.
         prompt_mask, output_counts, bias: [capacity, vocab_size], as in SamplingBatch. They are read only in steps where
             some row needs them; what they hold for a row whose penalties are neutral does not matter.
+        kept: what a backend keeps about the buffers.
     """
 
+    kept: dict[str, Any]
     token_ids: Tensor
     slots: Tensor
     seq_lens: Tensor
@@ -43,6 +47,7 @@ class DecodeRows:
 
     def __init__(self, num_rows: int, max_pages: int, vocab_size: int, spare_page: int, device: torch.device) -> None:
         self.spare_page = spare_page
+        self.kept = {}
         capacity = -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -91,7 +96,8 @@ class DecodeRows:
 
         Nothing of a row is read before: it may be at rest in steps that the device has yet to run.
         """
-        index = torch.tensor(rows, device=self.done.device)
+        device = self.done.device
+        index = to_device(rows, torch.int64, device)
         wide, floats, narrow, pages = [], [], [], []
         for sample in samples:
             sampling, sequence = sample.request.sampling, sample.sequence
@@ -103,18 +109,18 @@ class DecodeRows:
             narrow.append([sampling.top_k, sample.index])
             pages.append([*sequence.pages, *[0] * (self.page_table.shape[1] - len(sequence.pages))])
         for buffer, values in ((self._wide, wide), (self._floats, floats), (self._narrow, narrow)):
-            buffer[:, index] = torch.tensor(values, dtype=buffer.dtype, device=buffer.device).T
-        self.page_table[index] = torch.tensor(pages, device=index.device)
+            buffer[:, index] = to_device(values, buffer.dtype, device).T
+        self.page_table[index] = to_device(pages, torch.int64, device)
         for row, sample in zip(rows, samples, strict=True):
             self._fill_tables(row, sample)
 
     def _fill_tables(self, row: int, sample: Sample) -> None:
         sampling = sample.request.sampling
         if self._stops[row] != sampling.stop_token_ids:
-            _set(self.stop_mask[row], sampling.stop_token_ids, True)
+            _set(self.stop_mask[row], sampling.stop_token_ids, [True])
             self._stops[row] = sampling.stop_token_ids
         if sampling.penalizes:
-            _set(self.prompt_mask[row], sample.request.prompt_token_ids, True)
+            _set(self.prompt_mask[row], sample.request.prompt_token_ids, [True])
             self.output_counts[row] = 0
         self._fill_bias(row, sample, may_stop=not sampling.min_tokens)
 
@@ -154,9 +160,9 @@ class DecodeRows:
         self.rest(source)
 
 
-def _set(row: Tensor, ids: Sequence[int] | frozenset[int], values: bool | list[float]) -> None:
+def _set(row: Tensor, ids: Collection[int], values: Sequence[float]) -> None:
     """`row` [vocab_size] with values at some ids and 0 elsewhere."""
     row.zero_()
     if ids:
-        index = torch.tensor(list(ids), device=row.device)
-        row[index] = torch.tensor(values, dtype=row.dtype, device=row.device)
+        index = to_device(list(ids), torch.int64, row.device)
+        row[index] = to_device(values, row.dtype, row.device)

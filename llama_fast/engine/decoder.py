@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama_fast.engine.decode_graph import DecodeGraph
 from llama_fast.engine.request import Sample
-from llama_fast.ops import replay
+from llama_fast.ops import transfers
 from llama_fast.ops.shared import AT_REST
 
 OnLogits = Callable[[Sequence[Sample | None], Tensor], None]
@@ -93,7 +93,7 @@ class Decoder:
         self._ops = ops
         self.steps_ahead = graph.steps_ahead if steps_ahead is None else steps_ahead
         # One more than are unread at most: an interrupt can leave one behind.
-        self._ring = replay.HostRing(self.steps_ahead + 1, graph.max_batch, device)
+        self._ring = transfers.HostRing(self.steps_ahead + 1, graph.max_batch, device)
         # Sees the samples and logits of every draw, in tests; steps are full ones then.
         self.on_logits: OnLogits | None = None
         self.forget()
@@ -166,7 +166,7 @@ class Decoder:
         places = {id(row.sample): index for index, row in enumerate(self._rows) if row is not None}
         indices = [places[id(sample)] for sample in samples]
         full = any(row is not None and row.has_tables for row in (self._rows[index] for index in indices))
-        on_device = torch.tensor(indices, device=logits.device)
+        on_device = transfers.to_device(indices, torch.int64, logits.device)
         rows = self.graph.rows
         tokens = self._ops.sample(logits, rows.sampling_of(on_device, with_tables=full))
         self._push(samples, indices, self._ops.advance(tokens, on_device, rows, full), logits)
@@ -179,9 +179,9 @@ class Decoder:
         log_probs: tuple[Tensor, ...] = ()
         if scored:
             num_top = max(_num_top(samples[place]) for place in scored)
-            places = torch.tensor(scored, device=drawn.device)
+            places = transfers.to_device(scored, torch.int64, drawn.device)
             log_probs = tuple(
-                map(replay.to_host, self._ops.log_probs(logits[places], drawn[places].clamp(min=0), num_top))
+                map(transfers.to_host, self._ops.log_probs(logits[places], drawn[places].clamp(min=0), num_top))
             )
         self._unread.append(_Draw(samples, self._ring.push(drawn), scored, log_probs))
         for index in indices:

@@ -31,6 +31,7 @@ from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
 from llama_fast.ops.replay import compiled_kernels, device_allocations, is_fatal, is_out_of_memory
+from llama_fast.ops.transfers import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +294,9 @@ class Engine:
         if samples:
             due += range(len(works), len(works) + len(others))
             logits = self.model.logits(torch.stack([hidden_states[row][-1] for row in due]), self.ops)
-            self.decoder.draw(samples, logits if len(rows) == len(due) else logits[rows])
+            if len(rows) > len(due):
+                logits = logits[to_device(rows, torch.int64, logits.device)]
+            self.decoder.draw(samples, logits)
 
     def _run_graph(self, works: list[Work]) -> Sequence[Tensor]:
         """Each work's hidden states [tokens, hidden_size]; prompts are scored where asked."""
@@ -394,7 +397,7 @@ class Engine:
         for start in range(work.start, min(work.end, sequence.prompt_len - 1), SCORED_ROWS):
             end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
             logits = self.model.logits(hidden_states[start - work.start : end - work.start], self.ops)
-            targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=logits.device)
+            targets = to_device(sequence.token_ids[start + 1 : end + 1], torch.int64, logits.device)
             scores = self.ops.log_probs(logits, targets, num_top)
             for token_id, *scored in zip(targets.tolist(), *(tensor.tolist() for tensor in scores), strict=True):
                 request.prompt_logprobs.append(_position(token_id, *scored, num_top))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.model.rope import RotaryEmbedding
+from llama_fast.ops.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def pack(
     fields = (token_ids, slots, seq_ids, rope_lens, query_starts, seq_lens, table)
     # Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not.
     padded = [number for values in fields for number in (*values, *[0] * (len(values) % 2))]
-    joined = torch.tensor(padded, dtype=torch.int64, device=device)
+    joined = to_device(padded, torch.int64, device)
     parts = joined.split([len(values) + len(values) % 2 for values in fields])
     tensors = [part[: len(values)] for part, values in zip(parts, fields, strict=True)]
     cos, sin = rotary(tensors[1], tensors[3], max(seq_lens, default=0))

@@ -31,10 +31,11 @@ from llama_fast.ops.cpu_linear import ACTIVATION_NUMBERS, LinearWeight, prepare_
 from llama_fast.ops.native import required
 from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import SamplingBatch, check_logits, check_sampling
-from llama_fast.ops.shared import advance, copy_pages, embed, warm_up_rows
+from llama_fast.ops.shared import copy_pages, embed, warm_up_rows
 from llama_fast.ops.shared import run_layers as run_ops
 
 if TYPE_CHECKING:
+    from llama_fast.engine.decode_rows import DecodeRows
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages, PagedKVCache
     from llama_fast.model.llama import DecoderLayer, Norm
@@ -387,6 +388,45 @@ def log_probs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, 
     args = (logits.data_ptr(), logits.stride(0), num_rows, vocab_size, num_top, token_ids.data_ptr(), *outputs)
     _C.log_probs(*args, torch.get_num_threads())
     return chosen, ranks, top_values, top_ids
+
+
+def advance(tokens: Tensor, indices: Tensor | None, rows: DecodeRows, counted: bool) -> Tensor:
+    """Hand each row the token that was drawn for it; arguments and result as ops/shared.py's.
+
+    Args:
+        tokens: int64 [n], below vocab_size.
+        indices: int64 [n], the rows they are for, each at most once; None: the first n.
+
+    Raises:
+        KernelArgumentError: dtypes or shapes that are not as above.
+    """
+    count, num_rows = tokens.shape[0], rows.done.shape[0]
+    for name, tensor in (("tokens", tokens), ("indices", indices)):
+        if tensor is not None and not (
+            tensor.dtype is torch.int64 and tensor.is_cpu and tensor.shape == (count,) and tensor.is_contiguous()
+        ):
+            raise KernelArgumentError(
+                f"advance: {name} must be contiguous int64 [{count}] on the CPU; got {tensor.dtype} "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )
+    if count > num_rows:
+        raise KernelArgumentError(f"advance: {count} tokens are more than the {num_rows} rows")
+    if "cpu" not in rows.kept:
+        buffers = (rows.token_ids, rows.slots, rows.seq_lens, rows.limits, rows.done)
+        tables = (rows.page_table, rows.stop_mask, rows.output_counts)
+        addresses = [buffer.data_ptr() for buffer in (*buffers, *tables)]
+        sizes = (rows.page_table.shape[1], rows.stop_mask.shape[1], rows.spare_page)
+        rows.kept["cpu"] = _C.DecodeRows(*addresses, *sizes)
+    out = _empty(count, dtype=torch.int64)
+    _C.advance(
+        rows.kept["cpu"],
+        tokens.data_ptr(),
+        0 if indices is None else indices.data_ptr(),
+        count,
+        counted,
+        out.data_ptr(),
+    )
+    return out
 
 
 # --- ops of the graph ------------------------------------------------------------------------------------------------

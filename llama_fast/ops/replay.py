@@ -1,21 +1,17 @@
 """How a step is run again and again: captured as a CUDA graph where backend and device can, else called.
 
-Also what goes with it: the way of its results to the host, and what the device says of memory, compilers and faults.
+Also what the device says of memory, compilers and faults.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 Step = Callable[[], None]
 
@@ -84,52 +80,6 @@ def step_maker(ops: ModuleType, device: torch.device, graphs: bool) -> EagerStep
     if graphs and ops.CAPTURABLE and device.type == "cuda":
         return GraphSteps(device)
     return EagerSteps()
-
-
-class HostRing:
-    """Results on their way to the host, in the order of the steps: rows of pinned memory, each with an event.
-
-    Args:
-        depth: results that may be on their way at once.
-        width: the most numbers of one.
-    """
-
-    def __init__(self, depth: int, width: int, device: torch.device) -> None:
-        self._events = [torch.cuda.Event() for _ in range(depth)] if device.type == "cuda" else None
-        self._rows = host_empty((depth, width), torch.int64, device)
-        self._next = 0
-
-    def push(self, values: Tensor) -> int:
-        """Enqueue the copy of `values` [n] behind what the device has to do; returns where `read` finds them."""
-        place, self._next = self._next, (self._next + 1) % len(self._rows)
-        self._rows[place, : len(values)].copy_(values, non_blocking=True)
-        if self._events is not None:
-            self._events[place].record()
-        return place
-
-    def read(self, place: int, count: int) -> list[int]:
-        """Wait for a copy, and for all that was enqueued before it; its first `count` numbers."""
-        if self._events is not None:
-            self._events[place].synchronize()
-        return self._rows[place, :count].tolist()
-
-
-def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of the host that `device` can copy to behind the host's back; plain memory on the CPU."""
-    if device.type == "cuda":
-        try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
-            # A copy into plain memory waits for the device: slower, and as right.
-            logger.warning("no pinned memory (%s); results are read slowly", error)
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, there once a `HostRing.read` of something pushed later has returned."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return host_empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor, non_blocking=True)
 
 
 def device_allocations(device: torch.device) -> int | None:

@@ -30,6 +30,7 @@ def make_rows(num_rows, seed, device="cpu"):
         output_counts=torch.randint(0, 5, (num_rows, VOCAB), dtype=torch.int32),
         every=torch.arange(num_rows + 1),
         spare_page=SPARE,
+        kept={},
     )
     for name, value in vars(rows).items():
         if isinstance(value, torch.Tensor):

@@ -137,7 +137,7 @@ def test_a_module_that_was_not_built(fresh, caplog):
 
 
 @needs_module
-@pytest.mark.parametrize("interface", [0, 2, None])
+@pytest.mark.parametrize("interface", [0, 1, None])
 def test_a_module_of_another_version(fresh, caplog, interface):
     """Its functions would take addresses in another order."""
     if interface is None:
