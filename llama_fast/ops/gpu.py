@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.errors import RequestError
-from llama_fast.kernels import configs
+from llama_fast.kernels import batch_checks, configs
 from llama_fast.kernels import int4_linear as int4_kernel
 from llama_fast.kernels import linear as linear_kernel
 from llama_fast.kernels.advance import advance
@@ -66,8 +66,8 @@ __all__ = [
 # One kernel serves a prompt's rows well and another one token a sequence. Their bits are the same where the MMAs' are,
 # as on sm_90 (tests/kernels/test_attention.py); nothing in the engine counts on it.
 ROLES_SHARE_RUNS = False
-# No op of a decoding step looks at a value on the host or takes memory that outlives it.
-CAPTURABLE = True
+# No op of a decoding step looks at a value on the host or takes memory that outlives it; checks of indices do look.
+CAPTURABLE = not batch_checks.ENABLED
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_fast.ops.transfers import to_device
+
 if TYPE_CHECKING:
     from llama_fast.engine.decode_rows import DecodeRows
     from llama_fast.model.batch import Batch
@@ -26,7 +28,8 @@ def embed(token_ids: Tensor, embed_tokens: nn.Embedding) -> Tensor:
 
 def copy_pages(pool: Tensor, source: Sequence[int], target: Sequence[int]) -> None:
     """Copy whole pages in every layer, K and V: pool [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]."""
-    pool[:, :, list(target)] = pool[:, :, list(source)]
+    pages = to_device([source, target], torch.int64, pool.device)
+    pool[:, :, pages[1]] = pool[:, :, pages[0]]
 
 
 def prepare_layers(layers: Sequence[DecoderLayer]) -> Sequence[DecoderLayer]:

@@ -24,7 +24,11 @@ def test_rows_as_spelled_out_in_python(ops, num_rows, count, chosen, counted):
     [
         (torch.zeros(2, dtype=torch.int32), None, "tokens must be contiguous int64 .2. on the CPU; got torch.int32"),
         (torch.zeros(4, dtype=torch.int64)[::2], None, "tokens must be contiguous"),
-        (torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), "indices must be .* got torch.int64 .3,"),
+        (
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(3, dtype=torch.int64),
+            "indices must be .* got torch.int64 .3,",
+        ),
         (torch.zeros(5, dtype=torch.int64), None, "5 tokens are more than the 4 rows"),
     ],
 )
