@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from llama_fast.kernels import arguments, configs
+from llama_fast.kernels.advance import advance
 from llama_fast.kernels.attention import attention
 from llama_fast.kernels.int4_linear import GROUP_SIZES, PlanarInt4, int4_linear
 from llama_fast.kernels.linear import linear
@@ -196,6 +197,10 @@ def _calls(arch: int, shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator
         yield "log_probs", rows, lambda logits=logits, ids=ids: log_probs(logits, ids, 5)
         for sampling in _sampling_batches(rows, shape.vocab_size, quick):
             yield "sample", rows, lambda logits=logits, sampling=sampling: sample(logits, sampling)
+        for indices in (None, ids):
+            for counted in (False, True):
+                arguments = (ids, indices, _decode_rows(rows, shape.vocab_size), counted)
+                yield "advance", rows, lambda arguments=arguments: advance(*arguments)
 
 
 def _batches(quick: bool) -> Iterator[tuple[bool, int, int, int]]:
@@ -296,6 +301,18 @@ def _sampling_batches(rows: int, vocab_size: int, quick: bool) -> Iterator[Any]:
     all_tables = {name: _empty(dtype, rows, vocab_size) for name, dtype in tables.items()}
     for given in ((), tables) if quick else ((), *((name,) for name in tables), tables):
         yield SimpleNamespace(**per_row, **none | {name: all_tables[name] for name in given})
+
+
+def _decode_rows(rows: int, vocab_size: int) -> Any:
+    """The fields of engine/decode_rows.py's DecodeRows that kernels read."""
+    names = ("token_ids", "slots", "seq_lens", "limits", "done")
+    return SimpleNamespace(
+        **{name: _empty(torch.int64, rows) for name in names},
+        page_table=_empty(torch.int64, rows, _MAX_PAGES),
+        stop_mask=_empty(torch.bool, rows, vocab_size),
+        output_counts=_empty(torch.int32, rows, vocab_size),
+        spare_page=8,
+    )
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -1,7 +1,7 @@
 """After an engine is ready nothing is compiled: what it launches then, with any prompts, was launched before.
 
-The launches are those that the launchers would make on a GPU, with Triton's own specialisation (see kernels/launches.py);
-tensors have no memory, so models of real shapes cost nothing.
+The launches are those that the launchers would make on a GPU, with Triton's own specialisation (kernels/launches.py).
+Tensors have no memory, so models of real shapes cost nothing.
 """
 
 import os
@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from triton.runtime import driver
 
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.decode_graph import DecodeGraph
@@ -21,6 +22,13 @@ from llama_fast.ops import gpu
 from tests.engine.graph_double import capturing
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="about compiled kernels")
+
+
+@pytest.fixture(autouse=True)
+def _chip_for_a_test(monkeypatch):
+    """`recording` makes Triton compile for a chip that is not here; afterwards it is as before."""
+    monkeypatch.setattr(driver, "_active", None)
+
 
 META = torch.device("meta")
 SHAPES = {
