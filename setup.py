@@ -63,7 +63,8 @@ class NinjaBuild(build_ext):
     def _build(self, ext: Extension, target: Path) -> None:
         if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
             raise OSError(f"it is for x86-64 Linux, this is {platform.machine()} {sys.platform}")
-        self._run_ninja(Path(self.build_temp), target, _rules(ext.sources, _includes(), target))
+        build = self._objects()
+        self._run_ninja(build, target, _rules(ext.sources, _includes(build), target))
 
     def _build_cuda(self, ext: Extension, target: Path) -> None:
         nvcc, archs = _nvcc(), os.environ.get("LLAMA_FAST_CUDA_ARCHS") or CUDA_ARCHS
@@ -72,23 +73,33 @@ class NinjaBuild(build_ext):
         if not re.fullmatch(r"\d+(,\d+)*", archs):
             raise OSError(f"LLAMA_FAST_CUDA_ARCHS={archs!r} must be numbers with commas between, as {CUDA_ARCHS}")
         numbers = sorted(set(map(int, archs.split(","))))
-        rules = _cuda_rules(ext.sources, _includes(), target, nvcc, numbers)
-        self._run_ninja(Path(self.build_temp) / "cuda", target, rules)
+        build = self._objects() / "cuda"
+        self._run_ninja(build, target, _cuda_rules(ext.sources, _includes(build.parent), target, nvcc, numbers))
+
+    def _objects(self) -> Path:
+        """Where objects lie; of an editable installation in the checkout, where the next one finds them."""
+        kept = ROOT / "build" / f"objects-{sysconfig.get_config_var('SOABI')}"
+        return kept if self.editable_mode else Path(self.build_temp).resolve()
 
     def _run_ninja(self, build: Path, target: Path, rules: str) -> None:
         import ninja
 
-        build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(rules)
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
 
-def _includes() -> list[str]:
+def _includes(build: Path) -> list[str]:
+    """Folders of headers. pybind11's is a copy: pip has it somewhere else each time, and all would be compiled anew."""
     import pybind11
 
-    return [sysconfig.get_path("include"), pybind11.get_include()]
+    copy = build / f"pybind11-{pybind11.__version__}"
+    if not copy.exists():
+        part = copy.with_name(f"{copy.name}.part")
+        shutil.copytree(pybind11.get_include(), part, dirs_exist_ok=True)
+        part.rename(copy)
+    return [sysconfig.get_path("include"), str(copy)]
 
 
 def _nvcc() -> str | None:
