@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from llama_fast.engine.decode_rows import DecodeRows
 from llama_fast.model.batch import Chunk, pack
@@ -30,19 +29,15 @@ def warm_up_prompts(
         chunks = [Chunk([0] * n, 0, n, [cache.spare_page] * -(-n // page_size)) for n in lengths]
         batch = pack(ops, model.model.rotary, chunks, cache.split_size, device)
         hidden_states = model.model.run(batch, cache)
-    most = max(max_batch, SCORED_ROWS)
-    for count in ops.warm_up_rows([model.prepared_head], most):
+    for count in ops.warm_up_rows([model.prepared_head], max(max_batch, SCORED_ROWS)):
         logits = model.logits(hidden_states[:1].repeat(count, 1), ops)
-        index = torch.zeros(min(count, 1), dtype=torch.int64, device=device)
-        _draws(ops, rows, logits[:1], index)
-
-
-def _draws(ops: ModuleType, rows: DecodeRows, logits: Tensor, index: Tensor) -> None:
-    """As Decoder.draw: rows at rest stay so, whatever they are handed."""
-    for full in (False, True):
-        tokens = ops.sample(logits, rows.sampling_of(index, with_tables=full))
-        ops.advance(tokens, index, rows, full)
-    ops.log_probs(logits, tokens.clamp(min=0), 1)
+        drawn = min(count, max_batch)
+        index = torch.arange(drawn, device=device)
+        for full in (False, True):
+            # As Decoder.draw. Rows at rest stay so, whatever they are handed.
+            tokens = ops.sample(logits[:drawn], rows.sampling_of(index, with_tables=full))
+            ops.advance(tokens, index, rows, full)
+        ops.log_probs(logits, torch.zeros(count, dtype=torch.int64, device=device), 1)
 
 
 def _sizes(counts: list[int], max_batch: int, prefill_chunk: int) -> Iterator[tuple[int, int]]:

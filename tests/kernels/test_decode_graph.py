@@ -109,3 +109,63 @@ def test_buckets_and_steps_ahead_give_what_one_row_at_a_time_gives(model, monkey
     assert engine.stats().captured == (1, 2, 4, 8)
     for key, (token_ids, logits) in results.items():
         assert token_ids == expected[key][0] and torch.equal(logits, expected[key][1]), key
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="graphs are captured on a GPU")
+
+
+def _mixed(model, count):
+    """Requests that begin and end at different times, greedy and sampled, with tables and log probabilities or none."""
+    requests = []
+    for index in range(count):
+        params = [{}, PARAMS, {"logprobs": 3}, {**PARAMS, "logprobs": 0, "min_tokens": 2}][index % 4]
+        prompt = [(5 * index + place) % 97 for place in range(1 + 11 * index % 60)]
+        requests.append(make_request(model, prompt, index, max_seq_len=96, max_tokens=3 + index % 9, **params))
+    return requests
+
+
+def _outcome(requests):
+    return [(sample.token_ids, sample.logprobs) for request in requests for sample in request.samples]
+
+
+def _finish(engine, requests):
+    for _ in engine.run(requests):
+        pass
+    return _outcome(requests)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("steps_ahead", [1, 2, 5])
+def test_captured_steps_give_what_launched_ones_give(model, steps_ahead):
+    eager = Engine(model, max_batch=6, graphs=False, **SIZES)
+    captured = Engine(model, max_batch=6, steps_ahead=steps_ahead, **SIZES)
+    expected = _finish(eager, _mixed(model, 20))
+    assert _finish(captured, _mixed(model, 20)) == expected
+    assert captured.stats().captured == (1, 2, 4, 6) and eager.stats().captured == ()
+    alone = [_finish(Engine(model, max_batch=1, **SIZES), [request])[0] for request in _mixed(model, 5)]
+    assert alone == expected[:5]
+
+
+@on_a_gpu
+def test_once_ready_nothing_is_allocated_or_compiled(model):
+    engine = Engine(model, max_batch=6, prefill_chunk=40, **SIZES)
+    engine.make_ready()
+    for _ in range(3):
+        _finish(engine, _mixed(model, 20))
+    stats = engine.stats()
+    assert stats.decode_steps > 20
+    assert (stats.allocations, stats.compilations) == (0, 0)
+
+
+@on_a_gpu
+def test_graphs_follow_weights_that_changed(model):
+    changed = make_model(torch.bfloat16).to(model.device)
+    engine = Engine(changed, max_batch=2, **SIZES)
+    before = _finish(engine, _mixed(changed, 2))
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(-1)
+    after = _finish(engine, _mixed(changed, 2))
+    assert after != before
+    assert after == _finish(Engine(changed, max_batch=2, graphs=False, **SIZES), _mixed(changed, 2))
