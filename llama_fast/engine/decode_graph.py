@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 
 from llama_fast.engine.decode_rows import DecodeRows
-from llama_fast.errors import OutOfMemoryError
+from llama_fast.errors import BackendError, OutOfMemoryError
 from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.model.llama import LlamaLM
@@ -108,6 +108,7 @@ class DecodeGraph:
 
         Raises:
             OutOfMemoryError: not even the smallest graph fits.
+            BackendError: the step does what no graph can, as a hidden_act of one's own may.
         """
         self._steps.clear()
         problem: Exception | None = None
@@ -117,7 +118,9 @@ class DecodeGraph:
                 steps = {(size, full): self._maker.make(self.step(size, full)) for full in (True, False)}
             except Exception as error:
                 if not replay.is_out_of_memory(error):
-                    raise
+                    raise BackendError(
+                        f"a decoding step cannot be captured ({' '.join(str(error).split())[:300]}); use graphs=False"
+                    ) from error
                 problem = error
                 continue
             self._steps |= steps

@@ -127,7 +127,7 @@ class Engine:
         `run` calls it; it does something only the first time and when weights have changed.
 
         Raises:
-            OutOfMemoryError: no memory is left for the smallest captured step.
+            OutOfMemoryError, BackendError: a decoding step cannot be captured.
         """
         with self._own_modes():
             prepared = self.model.prepare(self.ops)

@@ -9,7 +9,7 @@ import torch
 from llama_fast import LLM, SamplingParams
 from llama_fast.engine.decode_graph import bucket_sizes
 from llama_fast.engine.engine import Engine
-from llama_fast.errors import EngineDeadError, OutOfMemoryError, RequestError
+from llama_fast.errors import BackendError, EngineDeadError, OutOfMemoryError, RequestError
 from llama_fast.ops import transfers
 from tests.byte_model import save_byte_model
 from tests.engine.graph_double import capturing
@@ -332,11 +332,12 @@ def test_out_of_memory_at_every_capture_is_an_error(tiny, monkeypatch):
         _engine(tiny, Engine).make_ready()
 
 
-def test_another_error_at_capture_is_not_hidden(tiny, monkeypatch):
+def test_another_error_at_capture_says_what_to_do(tiny, monkeypatch):
     made = capturing(monkeypatch)
     engine = _engine(tiny, Engine)
-    made[0].make = lambda step: (_ for _ in ()).throw(ValueError("planted"))
-    with pytest.raises(ValueError, match="planted"):
+    made[0].make = lambda step: (_ for _ in ()).throw(RuntimeError("operation not permitted when stream is capturing"))
+    message = "a decoding step cannot be captured .operation not permitted when .*; use graphs=False"
+    with pytest.raises(BackendError, match=message):
         engine.make_ready()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_fast.kernels import configs
-from llama_fast.ops import gpu, reference
+from llama_fast.ops import cuda_extension, gpu, reference
 from tests.kernels.conftest import INTERPRETED
 from tests.tiny import RecordingEngine, make_model, make_request
 
@@ -88,6 +88,8 @@ def test_control_a_linear_that_follows_the_number_of_rows_is_noticed(model, alon
 def test_a_generated_token_has_the_logits_that_it_has_as_a_prompt_token(model, alone, device):
     if configs.table_of(device) not in configs.PREFILL_EQUALS_DECODE:
         pytest.skip("not shown on this architecture")
+    if cuda_extension.in_use(device):
+        pytest.skip("generated rows take the CUDA extension's order of summation")
     tokens, logits = alone[2, 0]
     prompt = [random.Random(2).randrange(97) for _ in range(SPECS[2][0])]
     engine = RecordingEngine(model, backend="gpu", max_batch=8, **SIZES)
