@@ -23,6 +23,7 @@ from llama_fast.model.checkpoint import save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import open_checkpoint, read_model
 from llama_fast.ops import reference, select_backend
+from llama_fast.ops.replay import on_device
 from llama_fast.ops.rows import needs_grad
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class LlamaForCausalLM(GeneratingLM):
         if position_ids is not None and attention_mask is None and (position_ids.diff() < 0).any():
             raise UnsupportedError("position_ids that restart (packed sequences) are not supported yet; pad the rows")
         # The graph has roundings of its own, which autocast would change.
-        with torch.autocast(self.device.type, enabled=False):
+        with on_device(self.device), torch.autocast(self.device.type, enabled=False):
             logits = self._logits(input_ids, kept, position_ids, logits_to_keep)
             return CausalLMOutputWithPast(None if labels is None else _causal_loss(logits, labels, kept), logits)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import replay
+from llama_fast.ops.replay import Step
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class DecodeGraph:
     ) -> None:
         device, vocab_size = model.device, model.config.vocab_size
         self._model, self._cache, self._ops, self._max_seq_len = model, cache, ops, max_seq_len
+        self._graphs = graphs
         self._maker = replay.step_maker(ops, device, graphs)
         self.steps_ahead = self._maker.ahead
         max_pages = -(-max_seq_len // cache.page_size)
@@ -76,7 +79,7 @@ class DecodeGraph:
         self.drawn = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.logits = torch.empty(max_batch, vocab_size, dtype=torch.float32, device=device)
         self.buckets = bucket_sizes(max_batch) if self._maker.captures else list(range(1, max_batch + 1))
-        self._steps: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._steps: dict[tuple[int, bool], Step] = {}
         self.num_steps = 0
 
     @property
@@ -104,29 +107,28 @@ class DecodeGraph:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def capture(self) -> None:
-        """Capture every step; for weights that have not moved since the last time nothing is to do.
+        """Capture every step anew, for weights that moved.
 
         Raises:
             OutOfMemoryError: not even the smallest graph fits.
             BackendError: the step does what no graph can, as a hidden_act of one's own may.
         """
+        # With its last graph a pool of memory dies: new ones take a new pool.
         self._steps.clear()
-        problem: Exception | None = None
+        maker = self._new_maker()
         # The largest first: the others then fit into its memory.
-        for size in sorted(self.buckets, reverse=True):
-            try:
-                steps = {(size, full): self._maker.make(self.step(size, full)) for full in (True, False)}
-            except Exception as error:
-                if not replay.is_out_of_memory(error):
-                    raise BackendError(
-                        f"a decoding step cannot be captured ({' '.join(str(error).split())[:300]}); use graphs=False"
-                    ) from error
-                problem = error
-                continue
-            self._steps |= steps
+        steps = {size: {full: self.step(size, full) for full in (True, False)} for size in reversed(self.buckets)}
+        runnable = {size: kinds for size, kinds in steps.items() if self._made(maker.warm_up, kinds) is not None}
+        maker.release()
+        for size, kinds in runnable.items():
+            made = self._made(maker.make, kinds)
+            if made is not None:
+                self._steps |= {(size, full): replayed for full, replayed in made.items()}
+            elif not self._steps:
+                maker = self._new_maker()
         captured = [size for size in self.buckets if (size, False) in self._steps]
         if not captured:
-            raise OutOfMemoryError("no memory is left to capture a decoding step; lower cache_bytes") from problem
+            raise OutOfMemoryError("no memory is left to capture a decoding step; lower cache_bytes")
         if captured[-1] < self.buckets[-1]:
             logger.warning(
                 "memory is left to decode %d sequences at once, not %d; lower cache_bytes for more",
@@ -135,10 +137,30 @@ class DecodeGraph:
             )
         self.buckets = captured
 
-    def step(self, size: int, full: bool) -> Callable[[], None]:
-        """The step function for the first `size` rows."""
-        rows, ops, model = self.rows, self._ops, self._model
-        rotary, cache = model.model.rotary, self._cache
+    def _new_maker(self) -> Any:
+        self._maker = replay.step_maker(self._ops, self._model.device, self._graphs)
+        return self._maker
+
+    def _made(self, make: Callable[[Step], Any], kinds: dict[bool, Step]) -> dict[bool, Any] | None:
+        """What `make` makes of the steps of one size; None if it finds no memory."""
+        try:
+            return {full: make(step) for full, step in kinds.items()}
+        except Exception as error:
+            if replay.is_out_of_memory(error):
+                return None
+            if replay.is_fatal(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise BackendError(f"a decoding step cannot be captured ({reason}); use graphs=False") from error
+
+    def step(self, size: int, full: bool) -> Step:
+        """The step function for the first `size` rows.
+
+        It refers to all that it reads and writes, and not to this object: whoever keeps it keeps that memory.
+        """
+        rows, ops, model, cache = self.rows, self._ops, self._model, self._cache
+        drawn, logits_of_rows, rotary = self.drawn[:size], self.logits[:size], model.model.rotary
+        table = rotary.table(self._max_seq_len, model.device)
         batch = Batch(
             ops=ops,
             token_ids=rows.token_ids[:size],
@@ -155,11 +177,11 @@ class DecodeGraph:
         sampling = rows.sampling(size, with_tables=full)
 
         def step() -> None:
-            rotary.write(batch.cos, batch.sin, batch.slots, batch.seq_lens, self._max_seq_len)
+            rotary.write(batch.cos, batch.sin, batch.slots, batch.seq_lens, table)
             logits = model.logits(model.model.run(batch, cache), ops)
             tokens = ops.sample(logits, sampling)
-            self.drawn[:size] = ops.advance(tokens, None, rows, full)
+            drawn.copy_(ops.advance(tokens, None, rows, full))
             if full:
-                self.logits[:size] = logits
+                logits_of_rows.copy_(logits)
 
         return step

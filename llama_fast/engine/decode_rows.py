@@ -67,16 +67,11 @@ class DecodeRows:
         self._at_rest = torch.tensor([resting.get(name, 0) for name in _WIDE], device=device)
         for name, buffer in zip(_WIDE, self._wide, strict=True):
             setattr(self, name, buffer)
-        # What the stop mask and the bias of a row were made of: the next sequence often has the same.
-        self._stops: list[frozenset[int]] = [frozenset()] * capacity
+        # What a row's stop mask was made of (None: not known), as the next sequence often has the same; and whether its
+        # bias may be other than 0. Set to the worst before a table is written: an interrupt may come in between.
+        self._stops: list[frozenset[int] | None] = [frozenset()] * capacity
         self._biased = [False] * capacity
         self.rest_all()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all buffers."""
-        tables = (self.page_table, self.stop_mask, self.prompt_mask, self.output_counts, self.bias)
-        return sum(buffer.nbytes for buffer in (self._wide, self._floats, self._narrow, *tables))
 
     def sampling(self, num_rows: int, with_tables: bool) -> SamplingBatch:
         """Parameters of the first rows: views, good for every later step."""
@@ -117,11 +112,12 @@ class DecodeRows:
     def _fill_tables(self, row: int, sample: Sample) -> None:
         sampling = sample.request.sampling
         if self._stops[row] != sampling.stop_token_ids:
+            self._stops[row] = None
             _set(self.stop_mask[row], sampling.stop_token_ids, [True])
             self._stops[row] = sampling.stop_token_ids
         if sampling.penalizes:
             _set(self.prompt_mask[row], sample.request.prompt_token_ids, [True])
-            self.output_counts[row] = 0
+            self.output_counts[row].zero_()
         self._fill_bias(row, sample, may_stop=not sampling.min_tokens)
 
     def _fill_bias(self, row: int, sample: Sample, may_stop: bool) -> None:
@@ -130,6 +126,7 @@ class DecodeRows:
         if not may_stop:
             bias |= dict.fromkeys(sampling.stop_token_ids, float("-inf"))
         if bias or self._biased[row]:
+            self._biased[row] = True
             _set(self.bias[row], list(bias), list(bias.values()))
         self._biased[row] = bool(bias)
 
@@ -140,17 +137,19 @@ class DecodeRows:
     def rest(self, row: int) -> None:
         """Put a row to rest."""
         self._wide[:, row] = self._at_rest
-        self.page_table[row, 0] = self.spare_page
+        # Not by assignment: PyTorch would copy the number from the host, and wait for the device.
+        self.page_table[row, 0].fill_(self.spare_page)
 
     def rest_all(self) -> None:
         """Put every row to rest."""
         self._wide.copy_(self._at_rest[:, None])
-        self.page_table[:, 0] = self.spare_page
+        self.page_table[:, 0].fill_(self.spare_page)
         # What rests draws greedily: no filter, no noise.
         self._floats.zero_()
 
     def move(self, source: int, target: int) -> None:
         """Give a row's sequence another row, which is at rest; the source rests then."""
+        self._stops[target], self._biased[target] = None, True
         for buffer in (self._wide, self._floats, self._narrow):
             buffer[:, target] = buffer[:, source]
         self.page_table[target] = self.page_table[source]

@@ -92,8 +92,7 @@ class Decoder:
         self.graph = graph
         self._ops = ops
         self.steps_ahead = graph.steps_ahead if steps_ahead is None else steps_ahead
-        # One more than are unread at most: an interrupt can leave one behind.
-        self._ring = transfers.HostRing(self.steps_ahead + 1, graph.max_batch, device)
+        self._ring = transfers.HostRing(self.steps_ahead, graph.max_batch, device)
         # Sees the samples and logits of every draw, in tests; steps are full ones then.
         self.on_logits: OnLogits | None = None
         self.forget()
@@ -189,7 +188,7 @@ class Decoder:
             if row is None:
                 continue
             row.left -= 1
-            row.forbids -= 1
+            row.forbids -= 1  # below 0 where nothing was forbidden
             if row.forbids == 0:
                 self.graph.rows.allow_stops(index, row.sample)
             if not row.left:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from llama_fast.engine.outputs import EngineStats, FinishReason, Logprob, Positi
 from llama_fast.engine.request import Request, Sample
 from llama_fast.engine.scheduler import Scheduler, Work
 from llama_fast.engine.scheduler import Sequence as SequenceInCache
-from llama_fast.engine.warm_up import SCORED_ROWS, warm_up_prompts
+from llama_fast.engine.warm_up import SCORED_ROWS, warm_up
 from llama_fast.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -30,7 +30,14 @@ from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
-from llama_fast.ops.replay import compiled_kernels, device_allocations, is_fatal, is_out_of_memory
+from llama_fast.ops.replay import (
+    compiled_kernels,
+    device_allocations,
+    is_current,
+    is_fatal,
+    is_out_of_memory,
+    on_device,
+)
 from llama_fast.ops.transfers import to_device
 
 logger = logging.getLogger(__name__)
@@ -93,7 +100,7 @@ class Engine:
                 "max_seq_len=%d goes beyond the %d tokens the model is made for", self.max_seq_len, context_len
             )
         self.model = model
-        self._device_type = model.device.type
+        self._device = model.device
         self.ops = select_backend(backend, model.device, model.dtype)
         self.ops.check_cache(model.config.head_dim, page_size, model.dtype, model.device)
         self.max_batch = max_batch
@@ -107,11 +114,11 @@ class Engine:
             device=model.device,
         )
         # Their buffers are written in every mode, so they are never inference tensors.
-        with torch.inference_mode(False):
+        with on_device(self._device), torch.inference_mode(False):
             self._graph = DecodeGraph(model, self.cache, self.ops, max_batch, self.max_seq_len, graphs=graphs)
             self.decoder = Decoder(self._graph, self.ops, model.device, steps_ahead)
-        self._owner: dict[str, object] = {}
         self._dead: EngineDeadError | None = None
+        self._owner: dict[str, object] = {}
         self._prepared: object = None
         self._at_ready = (device_allocations(model.device), compiled_kernels())
         self._reset()
@@ -119,7 +126,8 @@ class Engine:
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache.num_pages, self.cache.page_size, self.max_batch, self.prefill_chunk)
         self._samples: dict[SequenceInCache, Sample] = {}
-        self.decoder.forget()
+        with self._at_work():
+            self.decoder.forget()
 
     def make_ready(self) -> None:
         """Make the weights as the backend wants them, compile, capture: what else the first request would wait for.
@@ -129,14 +137,22 @@ class Engine:
         Raises:
             OutOfMemoryError, BackendError: a decoding step cannot be captured.
         """
-        with self._own_modes():
+        with self._at_work():
             prepared = self.model.prepare(self.ops)
             if prepared is self._prepared:
                 return
             if self._graph.captures:
                 self._graph.capture()
                 self.max_batch = self._graph.max_batch
-            warm_up_prompts(self.model, self.ops, self.cache, self._graph.rows, self.max_batch, self.prefill_chunk)
+            try:
+                warm_up(self.model, self.ops, self.cache, self._graph, self.prefill_chunk)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"a step of {self.prefill_chunk} prompt tokens needs more memory than there is "
+                    f"({' '.join(str(error).split())[:200]}); lower prefill_chunk, cache_bytes or max_batch"
+                ) from error
         self._prepared = prepared
         self._at_ready = (device_allocations(self.model.device), compiled_kernels())
 
@@ -193,8 +209,6 @@ class Engine:
         Raises:
             RequestError: a request can never run (see `check`), or this engine is running others.
         """
-        if self._dead is not None:
-            raise self._dead
         run = object()
         try:
             # One atomic step inside `try`: an interrupt between taking a lock and `try` would leave it taken.
@@ -229,74 +243,92 @@ class Engine:
 
         Raises:
             EngineDeadError: the device met an error after which it cannot be used; so does every later call.
+            RequestError: the model was prepared for something else since the run began.
         """
+        with self._at_work():
+            if self.model.prepared is not self._prepared:
+                raise RequestError(
+                    "the model's weights changed, or another engine or a call with gradients took them, while this "
+                    "engine was generating; finish or close that stream first"
+                )
+            return self._step()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Around all that the device is told: the modes that belong there, and what its faults mean."""
         if self._dead is not None:
             raise self._dead
         try:
-            with self._own_modes():
-                return self._step()
+            # The caller's contexts must not reach the graph: autocast changes its arithmetic, and a tensor made in
+            # inference mode cannot be written by a later step outside of it. Entering all for nothing would take a
+            # twentieth of a small model's step.
+            if is_current(self._device) and not (
+                torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self._device.type)
+            ):
+                with torch.no_grad():
+                    yield
+            else:
+                no_autocast = torch.autocast(self._device.type, enabled=False)
+                with on_device(self._device), torch.inference_mode(False), no_autocast, torch.no_grad():
+                    yield
         except Exception as error:
             if not is_fatal(error):
                 raise
-            self._dead = EngineDeadError(
-                f"the device failed ({' '.join(str(error).split())[:300]}); start a new process"
-            )
+            reason = " ".join(str(error).split())[:300]
+            self._dead = EngineDeadError(f"the device failed ({reason}); start a new process")
             raise self._dead from error
-
-    def _own_modes(self) -> AbstractContextManager:
-        """The caller's contexts must not reach the graph: autocast changes its arithmetic, and a tensor made in
-        inference mode cannot be written by a later step outside of it."""
-        # Entering all three for nothing would take a twentieth of a small model's step.
-        if not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self._device_type)):
-            return torch.no_grad()
-        modes = ExitStack()
-        for mode in (torch.inference_mode(False), torch.autocast(self._device_type, enabled=False), torch.no_grad()):
-            modes.enter_context(mode)
-        return modes
 
     def _step(self) -> list[Sample]:
         works = self.scheduler.plan()
         failed: list[Sample] = []
         if works:
+            # Where the decoding samples' tokens are all known, one pass over the weights may serve both.
+            shared = self.decoder.samples if self.ops.ROLES_SHARE_RUNS and not self.decoder.unread else []
             try:
-                self._run_prompts(works)
+                samples, logits = self._run_prompts(works, shared)
+                if not shared and samples:
+                    self.decoder.draw(samples, logits)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = self._fail(works, error)
+            else:
+                if shared:
+                    # Not in `try`: once the shared samples' rows go on, their tokens must be read.
+                    self.decoder.draw(samples, logits)
         while self.decoder.may_enqueue:
             self.decoder.enqueue()
         return failed + (self._read() if self.decoder.unread else [])
 
-    def _run_prompts(self, works: list[Work]) -> None:
-        """Run chunks of prompts; samples whose prompt is through draw their first token."""
+    def _run_prompts(self, works: list[Work], shared: list[Sample]) -> tuple[list[Sample], Tensor]:
+        """Run chunks of prompts, and the next token of the `shared` samples.
+
+        Returns:
+            The samples that draw now, those whose prompt is through and the shared ones, and their logits.
+        """
         now = time.monotonic()
         for work in works:
             metrics = self._samples[work.sequence].request.metrics
             metrics.started = metrics.started or now
-        others: list[Sample] = []
-        if self.ops.ROLES_SHARE_RUNS and not self.decoder.unread:
-            # The decoding samples' tokens are all known: one pass over the weights serves both.
-            others = self.decoder.samples
-        ends = [len(sample.sequence.token_ids) for sample in others]
-        decoding = [Work(other.sequence, end - 1, end) for other, end in zip(others, ends, strict=True)]
+        ends = [len(sample.sequence.token_ids) for sample in shared]
+        decoding = [Work(sample.sequence, end - 1, end) for sample, end in zip(shared, ends, strict=True)]
         hidden_states = self._run_graph([*works, *decoding])
+        due = [row for row, work in enumerate(works) if work.samples]
         rows: list[int] = []
         samples: list[Sample] = []
-        due = [row for row, work in enumerate(works) if work.samples]
         for place, row in enumerate(due):
             forked = self._fork(works[row])
             samples += forked
             rows += [place] * len(forked)
         self.decoder.join(samples)
-        rows += range(len(due), len(due) + len(others))
-        samples += others
-        if samples:
-            due += range(len(works), len(works) + len(others))
-            logits = self.model.logits(torch.stack([hidden_states[row][-1] for row in due]), self.ops)
-            if len(rows) > len(due):
-                logits = logits[to_device(rows, torch.int64, logits.device)]
-            self.decoder.draw(samples, logits)
+        rows += range(len(due), len(due) + len(shared))
+        due += range(len(works), len(works) + len(shared))
+        if not due:
+            return [], hidden_states[0]
+        logits = self.model.logits(torch.stack([hidden_states[row][-1] for row in due]), self.ops)
+        if len(rows) > len(due):
+            logits = logits[to_device(rows, torch.int64, logits.device)]
+        return samples + shared, logits
 
     def _run_graph(self, works: list[Work]) -> Sequence[Tensor]:
         """Each work's hidden states [tokens, hidden_size]; prompts are scored where asked."""
@@ -355,9 +387,10 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """End a request that waits or runs: what its samples have so far is theirs, the rest of the engine goes on."""
-        for sample in request.samples:
-            if sample.finish_reason is None:
-                self._end(sample, "abort", at_rest=False)
+        with self._at_work():
+            for sample in request.samples:
+                if sample.finish_reason is None:
+                    self._end(sample, "abort", at_rest=False)
 
     def _fail(self, works: list[Work], error: Exception) -> list[Sample]:
         """End the requests whose prompts found no memory."""

@@ -1,4 +1,4 @@
-"""What a backend compiles for prompts, compiled before the first one comes."""
+"""What a backend compiles, compiled before the first request comes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from llama_fast.engine.decode_rows import DecodeRows
+from llama_fast.engine.decode_graph import DecodeGraph
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.model.llama import LlamaLM
@@ -16,27 +16,35 @@ from llama_fast.model.llama import LlamaLM
 SCORED_ROWS = 64
 
 
-def warm_up_prompts(
-    model: LlamaLM, ops: ModuleType, cache: PagedKVCache, rows: DecodeRows, max_batch: int, prefill_chunk: int
-) -> None:
-    """Run prompts of every size that makes kernels of its own, on the spare page of `cache`; `rows` are at rest."""
+def warm_up(model: LlamaLM, ops: ModuleType, cache: PagedKVCache, graph: DecodeGraph, prefill_chunk: int) -> None:
+    """Run all that makes kernels of its own: on the spare page of `cache`, with the rows of `graph` at rest.
+
+    Args:
+        graph: captured already, if it captures: its steps ran then.
+        prefill_chunk: the most prompt tokens of a step.
+    """
     counts = ops.warm_up_rows(model.linears(), prefill_chunk)
     if not counts:
         return
+    if not graph.captures:
+        most = graph.max_batch
+        for size in {*ops.warm_up_rows(model.linears(), most), *(2**power for power in range(most.bit_length()))}:
+            for full in (False, True):
+                graph.step(size, full)()
     device, page_size = model.device, cache.page_size
-    for num_tokens, num_seqs in _sizes(counts, max_batch, prefill_chunk):
+    for num_tokens, num_seqs in _sizes(counts, graph.max_batch, prefill_chunk):
         lengths = [num_tokens - num_seqs + 1, *[1] * (num_seqs - 1)]
         chunks = [Chunk([0] * n, 0, n, [cache.spare_page] * -(-n // page_size)) for n in lengths]
         batch = pack(ops, model.model.rotary, chunks, cache.split_size, device)
         hidden_states = model.model.run(batch, cache)
-    for count in ops.warm_up_rows([model.prepared_head], max(max_batch, SCORED_ROWS)):
+    for count in ops.warm_up_rows([model.prepared_head], max(graph.max_batch, SCORED_ROWS)):
         logits = model.logits(hidden_states[:1].repeat(count, 1), ops)
-        drawn = min(count, max_batch)
+        drawn = min(count, graph.max_batch)
         index = torch.arange(drawn, device=device)
         for full in (False, True):
             # As Decoder.draw. Rows at rest stay so, whatever they are handed.
-            tokens = ops.sample(logits[:drawn], rows.sampling_of(index, with_tables=full))
-            ops.advance(tokens, index, rows, full)
+            tokens = ops.sample(logits[:drawn], graph.rows.sampling_of(index, with_tables=full))
+            ops.advance(tokens, index, graph.rows, full)
         ops.log_probs(logits, torch.zeros(count, dtype=torch.int64, device=device), 1)
 
 

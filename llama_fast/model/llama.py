@@ -194,6 +194,11 @@ class LlamaLM(nn.Module):
         self._prepared = (ops.__name__, self.model.settings(), self._versions())
         return self._prepared
 
+    @property
+    def prepared(self) -> object:
+        """What `prepare` returned last; None where it must run again."""
+        return self._prepared
+
     def linears(self) -> list[Any]:
         """The backend's weights of one layer, which stand for all layers, and of the head."""
         layer = cast(DecoderLayer, self.model.layers[0])

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,27 +144,36 @@ class RotaryEmbedding:
                 f"positions and rope_lens must both be [num_tokens]; got {tuple(positions.shape)} and "
                 f"{tuple(rope_lens.shape)}"
             )
-        if self._has_table(longest):
-            cos, sin = self._table(positions.device, longest)
-            return cos.index_select(0, positions), sin.index_select(0, positions)
+        table = None if longest is None else self.table(longest, positions.device)
+        if table is not None:
+            return table[0].index_select(0, positions), table[1].index_select(0, positions)
         return self._computed(positions, rope_lens)
 
-    def write(self, cos: Tensor, sin: Tensor, positions: Tensor, rope_lens: Tensor, longest: int) -> None:
+    def write(
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        rope_lens: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+    ) -> None:
         """The same into `cos` and `sin`, fp32 [num_tokens, rotary_dim], which a captured step reads where they are.
 
-        The table is made in the first call, so the first call must not be captured.
+        Args:
+            table: of `table`, for every position that will come; whoever captures the call must keep it.
         """
-        if self._has_table(longest):
-            for table, out in zip(self._table(positions.device, longest), (cos, sin), strict=True):
-                torch.index_select(table, 0, positions, out=out)
+        if table is not None:
+            for values, out in zip(table, (cos, sin), strict=True):
+                torch.index_select(values, 0, positions, out=out)
         else:
             for values, out in zip(self._computed(positions, rope_lens), (cos, sin), strict=True):
                 out.copy_(values)
 
-    def _has_table(self, longest: int | None) -> TypeGuard[int]:
-        return longest is not None and longest <= TABLE_ROWS and self.rope_type not in ("dynamic", "longrope")
-
-    def _table(self, device: torch.device, longest: int) -> tuple[Tensor, Tensor]:
+    def table(self, longest: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of the positions below `longest`, and perhaps more; None where that would be too large, or where
+        a rotation depends on more than the position. A later call may make another one and forget this."""
+        if longest > TABLE_ROWS or self.rope_type in ("dynamic", "longrope"):
+            return None
         table = self._cos_sin.get(device)
         if table is None or table[0].shape[0] < longest:
             # Doubled: a growing sequence makes it anew a few times.

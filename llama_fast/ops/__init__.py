@@ -18,6 +18,7 @@ import torch
 from llama_fast.errors import BackendError
 from llama_fast.ops import reference
 from llama_fast.ops.native import native
+from llama_fast.ops.replay import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def _kernel_problem(device: torch.device) -> str | None:
         silu_mul = importlib.import_module("llama_fast.kernels.silu_mul")
         if not configs.table_of(device):
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, or not known"
-        out = silu_mul.silu_mul(torch.zeros(1, 2, device=device))
+        with on_device(device):
+            out = silu_mul.silu_mul(torch.zeros(1, 2, device=device))
         if out.item() != 0:
             return "the smallest kernel gives a wrong result"
     # Anything can come out of a compiler run: a missing module, C compiler or Python.h, a read-only folder.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +36,8 @@ class EagerSteps:
 class GraphSteps:
     """Steps captured as CUDA graphs that share one pool of memory; they must run one after the other.
 
-    Capture the largest first: the others fit into its memory.
+    Every step is run with `warm_up` first, then `release` is called once, then `make` captures, the largest first: the
+    others fit into its memory. A pool dies with the last of its graphs: capturing anew takes a new GraphSteps.
     """
 
     captures = True
@@ -47,23 +48,28 @@ class GraphSteps:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def make(self, step: Step) -> Step:
-        """Capture `step`; the call of what is returned replays it on the current stream.
+    def warm_up(self, step: Step) -> None:
+        """Run a step as it is: a kernel compiled or loaded inside a capture would end it."""
+        with self._on_stream():
+            step()
 
-        The step runs once first: a kernel compiled or loaded inside a capture would end it.
+    def release(self) -> None:
+        """Give back what the steps' runs left in the allocator's cache, which a capture cannot take memory from."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+    def make(self, step: Step) -> Step:
+        """Capture a step that was warmed up; the call of what is returned replays it on the current stream.
 
         Raises:
             torch.OutOfMemoryError: the graph's memory is not there.
         """
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            step()
-            # Not torch.cuda.graph: it collects garbage and empties the allocator's cache for every capture, which takes
-            # longer than the capture. Other threads may go on allocating.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with self._on_stream():
             try:
+                # Not torch.cuda.graph, which empties the allocator's cache for every capture. Other threads may go on
+                # allocating.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 step()
             except BaseException:
                 # Ends the capture too, and complains that it is broken: the first error says more.
@@ -71,8 +77,21 @@ class GraphSteps:
                     graph.capture_end()
                 raise
             graph.capture_end()
+
+        def replay(kept: Step = step) -> None:
+            # `kept`: the graph reads and writes what the step refers to.
+            graph.replay()
+
+        return replay
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Captures need a stream of their own; what runs there runs between what is enqueued before and after."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
         current.wait_stream(self._stream)
-        return graph.replay
 
 
 def step_maker(ops: ModuleType, device: torch.device, graphs: bool) -> EagerSteps | GraphSteps:
@@ -80,6 +99,16 @@ def step_maker(ops: ModuleType, device: torch.device, graphs: bool) -> EagerStep
     if graphs and ops.CAPTURABLE and device.type == "cuda":
         return GraphSteps(device)
     return EagerSteps()
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether streams, events and Triton mean `device` when they are told of none."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def device_allocations(device: torch.device) -> int | None:
@@ -107,8 +136,12 @@ def _device_caches(kernel: Any) -> list[Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no memory left: a smaller piece of work may fit."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether there was no memory left: a smaller piece of work may fit."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CUDA runtime when it instantiates a graph, Triton when it loads a kernel; PyTorch's allocator on the CPU.
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def is_fatal(error: BaseException) -> bool:

@@ -21,7 +21,8 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     try:
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
+        return pinned.to(device, non_blocking=True)
     except RuntimeError as error:
         _warn_of_plain_memory(error)
         return torch.tensor(values, dtype=dtype, device=device)
@@ -59,7 +60,7 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     """Uninitialised memory of the host that `device` can copy to behind the host's back; plain memory on the CPU."""
     if device.type == "cuda":
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:
             _warn_of_plain_memory(error)
     return torch.empty(shape, dtype=dtype, device="cpu")

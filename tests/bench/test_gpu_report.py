@@ -95,7 +95,7 @@ def test_the_whole_run_without_a_gpu(bench, tmp_path):
     # Every kernel's rows were compared, interpreted.
     rows = sections["rows"]["results"]
     assert rows["interpreted"] and "left_out" not in rows
-    assert {check["subject"] for check in rows["checks"]} == {*report["sources"], "bits of rows"}
+    assert {check["subject"] for check in rows["checks"]} == {*report["sources"], "bits of rows"} - {"advance"}
 
     # Bounds, and nothing that could be taken for a measurement.
     kernels = sections["kernel_times"]["results"]["kernels"]
@@ -257,6 +257,72 @@ def test_tests_are_selected_counted_and_end_in_time(bench, tmp_path):
     assert states["linear"] == states["broken"] == "failed" and states["sample"] == "passed"
 
 
+def test_a_program_that_leaves_a_child_ends_in_its_time(bench, tmp_path):
+    checks, section_module = sys.modules["gpu_report_checks"], sys.modules["gpu_report_section"]
+    section = section_module.Section("sanitizer", tmp_path, 4, False, {})
+    # The child has the output open, as pytest's workers and ninja's compilers have.
+    code = "import subprocess, sys, time; print('alive', flush=True); "
+    code += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(8)']); time.sleep(60)"
+    start = time.monotonic()
+    status, output = checks.finish([sys.executable, "-c", code], section, "planted", dict(os.environ))
+    assert (status, output.strip()) == (None, "alive") and time.monotonic() - start < 7
+    assert checks.finish([sys.executable, "-c", "raise SystemExit(3)"], section, "planted", {}) == (3, "")
+
+
+def test_a_checkout_that_is_not_installed_is_linked_and_built(bench, tmp_path, monkeypatch):
+    checks, section_module = sys.modules["gpu_report_checks"], sys.modules["gpu_report_section"]
+    for folder in ("llama_fast", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "llama_fast" / "_C.py").write_text("raise ImportError('planted')")
+    (tmp_path / "setup.py").write_text(
+        "import os, pathlib\n"
+        "text = f\"source_hash = {os.environ['LLAMA_FAST_CUDA_ARCHS']!r}\"\n"
+        "pathlib.Path('llama_fast/_cuda.py').write_text(text)\n"
+    )
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "has_gpu", lambda: True)
+    monkeypatch.setattr(checks, "_kernels_import", lambda: False)
+    monkeypatch.setattr(checks, "nvidia_smi", lambda *_: {"compute_cap": "9.0"})
+    monkeypatch.delenv("LLAMA_FAST_CUDA_ARCHS", raising=False)
+    section = section_module.Section("build", tmp_path, 60, False, {})
+    checks.build(section)
+    assert (tmp_path / "llama_fast" / "kernels").readlink() == Path("../kernels")
+    found = {check["subject"]: (check["status"], check["detail"]) for check in section.results["checks"]}
+    assert found["native modules"][0] == found["llama_fast.kernels"][0] == "passed"
+    assert found["llama_fast._cuda"] == ("passed", "90")
+    assert found["llama_fast._C"][0] == "failed" and "ImportError: planted" in found["llama_fast._C"][1]
+    # Once more: the link is there.
+    checks.build(section)
+
+
+def test_what_models_launch_is_compiled_ahead(bench, tmp_path, monkeypatch):
+    module, section_module = __import__("gpu_report_compile"), sys.modules["gpu_report_section"]
+    from llama_fast.kernels import launches
+
+    if launches.arguments.INTERPRETED:
+        pytest.skip("about compiled kernels")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    found = [x for x in launches.model_launches(90, ["8b"], ["bf16"], quick=True) if x.name == "_rms_norm_kernel"]
+    broken = launches.Launch(
+        90, found[0].module, "_rms_norm_kernel", found[0].data.replace("_rms_norm_kernel", "_other")
+    )
+    monkeypatch.setattr(launches, "model_launches", lambda *_: [*found, broken])
+    monkeypatch.setattr(module, "nvidia_smi", lambda *_: {"compute_cap": "9.0"})
+    section = section_module.Section("compile", tmp_path, 120, False, {})
+    module.compile_models(section)
+    assert section.results["kernels"] == section.results["compiled"] == len(found) + 1
+    assert [(check["subject"], check["status"]) for check in section.results["checks"]] == [("rms_norm", "failed")]
+    assert list((tmp_path / "cache").glob("*/_rms_norm_kernel.cubin"))
+    # What the time does not allow is left to those who meet it.
+    late = section_module.Section("compile", tmp_path, 0.1, False, {})
+    module.compile_models(late)
+    assert "they are compiled where they are met" in late.results["left_out"][0]
+    monkeypatch.setattr(module, "nvidia_smi", lambda *_: None)
+    with pytest.raises(section_module.NotHere, match="no GPU"):
+        module.compile_models(section)
+
+
 def test_what_compute_sanitizer_says(bench):
     problem = sys.modules["gpu_report_checks"].sanitizer_problem
     assert problem("========= ERROR SUMMARY: 0 errors\n", 0) is None
@@ -275,6 +341,9 @@ def test_rows_that_see_their_company_are_noticed(bench):
     assert right.counts == [1, 2, 3, 4, 5, 7, 8] and bits.differs(right) is None and bits.changes(right, 3) is None
     company = bits.Rows("linear", "wrong", 8, [3], lambda start, end: (x[start:end] + (end - start == 3),))
     assert "rows 0 to 3 alone and among 8 differ" in bits.differs(company)
+    starts = set()
+    bits.differs(bits.Rows("linear", "", 9, [3], lambda start, end: (starts.add(start) or x[start:end],), step=4))
+    assert starts == {0, 4, 8}
     calls = iter(range(100))
     unsteady = bits.Rows("linear", "unsteady", 8, [], lambda start, end: (x[start:end] + (next(calls) == 4),))
     assert "differs from the first" in bits.changes(unsteady, 3)
@@ -370,6 +439,8 @@ def test_one_answer_of_engines_on_a_pretended_gpu(bench, pretended, monkeypatch)
     section = pretended("graphs")
     engine.graphs(section)
     found = {check["check"]: check["status"] for check in section.results["checks"]}
+    # On the CPU none is, which a GPU must not pass over.
+    assert found.pop("steps are captured") == "failed" and found.pop("an engine runs") == "passed"
     assert found == {
         "one answer, another order of arrival": "passed",
         "nothing allocated or compiled after ready": "passed",

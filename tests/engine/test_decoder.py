@@ -1,18 +1,22 @@
 """Decoding ahead of the host: rows, buckets, pages and ends, with steps enqueued and not yet read, captured or not."""
 
 import contextlib
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 
 from llama_fast import LLM, SamplingParams
+from llama_fast.engine import decode_rows
 from llama_fast.engine.decode_graph import bucket_sizes
 from llama_fast.engine.engine import Engine
 from llama_fast.errors import BackendError, EngineDeadError, OutOfMemoryError, RequestError
-from llama_fast.ops import transfers
+from llama_fast.ops import replay, transfers
 from tests.byte_model import save_byte_model
-from tests.engine.graph_double import capturing
+from tests.engine.graph_double import CapturingSteps, capturing
+from tests.engine.step_watch import StepWatch
 from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request, op_by_op
 
 PAGE, SPLIT = 8, 32
@@ -333,9 +337,13 @@ def test_out_of_memory_at_every_capture_is_an_error(tiny, monkeypatch):
 
 
 def test_another_error_at_capture_says_what_to_do(tiny, monkeypatch):
-    made = capturing(monkeypatch)
+    capturing(monkeypatch)
     engine = _engine(tiny, Engine)
-    made[0].make = lambda step: (_ for _ in ()).throw(RuntimeError("operation not permitted when stream is capturing"))
+
+    def refusing(self, step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(CapturingSteps, "make", refusing)
     message = "a decoding step cannot be captured .operation not permitted when .*; use graphs=False"
     with pytest.raises(BackendError, match=message):
         engine.make_ready()
@@ -359,7 +367,7 @@ def test_steps_are_captured_again_when_weights_change(monkeypatch):
 @pytest.mark.parametrize("op", ["embed", "attention", "norm_lm_head", "sample", "advance", "copy_pages", "log_probs"])
 def test_L02_prompts_without_memory_end_alone(tiny, expected, monkeypatch, op):
     """Out of memory while prompts run: their requests end with the error, the others go on, memory comes back."""
-    engine = _engine(tiny, Engine)
+    engine = _engine(tiny, Engine, prefill_chunk=42)
     requests = _requests(tiny)
     stream = engine.run(requests)
     next(stream)
@@ -369,10 +377,10 @@ def test_L02_prompts_without_memory_end_alone(tiny, expected, monkeypatch, op):
     plain = engine._run_prompts
     failing = []
 
-    def prompts_only(works):
+    def prompts_only(works, shared):
         """Decoding steps allocate nothing: only prompts can fail."""
         failing.extend(engine._samples[work.sequence].request.index for work in works)
-        plain(works)
+        return plain(works, shared)
 
     monkeypatch.setattr(engine, "_run_prompts", prompts_only)
     monkeypatch.setattr(engine.ops, "ROLES_SHARE_RUNS", False)
@@ -390,8 +398,7 @@ def test_L02_prompts_without_memory_end_alone(tiny, expected, monkeypatch, op):
         pass
     assert engine.scheduler.allocator.num_free == engine.cache.num_pages
     failed = [request for request in requests if isinstance(request.error, OutOfMemoryError)]
-    if failed:
-        assert "lower prefill_chunk, cache_bytes or max_batch" in str(failed[0].error)
+    assert "lower prefill_chunk, cache_bytes or max_batch" in str(failed[0].error)
     for index, (got, whole) in enumerate(zip(_outcome(requests), expected[0], strict=True)):
         if requests[index].error is None:
             assert got == whole
@@ -403,6 +410,24 @@ REAL = {
     name: getattr(OPS, name)
     for name in ("embed", "attention", "norm_lm_head", "sample", "advance", "copy_pages", "log_probs")
 }
+
+
+@pytest.mark.parametrize("op", ["log_probs", "advance", "sample"])
+def test_L02_a_shared_run_without_memory_ends(tiny, expected, monkeypatch, op):
+    """Prompts and decoding samples in one pass: what the latter drew could not be read any more, so the run ends."""
+    engine = _engine(tiny, Engine)
+    params = [{}, {"logprobs": 0}]
+    requests = [make_request(tiny, PROMPTS[2 * i], i, max_tokens=20, **params[i]) for i in range(2)]
+    engine.prefill_chunk = 5
+    stream = engine.run(requests)
+    next(stream)
+    assert len(engine.decoder.samples) == 1 and engine.scheduler.plan()
+    with monkeypatch.context() as patch:
+        fail_at(patch, op, 1, MemoryError)
+        with pytest.raises(MemoryError):
+            for _ in stream:
+                pass
+    assert _outcome(_run(engine, _requests(tiny))) == expected[0]
 
 
 def test_L02_a_decoding_step_without_memory_leaves_the_engine_usable(tiny, expected, monkeypatch):
@@ -428,6 +453,29 @@ def test_L05_after_a_device_error_the_engine_gives_no_token(tiny, monkeypatch, m
         next(engine.run([make_request(tiny, PROMPTS[0], max_tokens=9)]))
     with pytest.raises(EngineDeadError):
         engine.step()
+    with pytest.raises(EngineDeadError):
+        engine.make_ready()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "memory"),
+        (MemoryError(), "memory"),
+        (OutOfMemoryError("no pages"), "memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "memory"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "fatal"),
+        (RuntimeError("Triton Error [CUDA]: device-side assert triggered"), "fatal"),
+        (BackendError("linear: CUDA error 700 (cudaErrorIllegalAddress: ...)"), "fatal"),
+        (RuntimeError("shapes do not match"), "other"),
+        (ValueError("CUDA error"), "other"),
+    ],
+)
+def test_L05_which_errors_end_the_engine(error, kind):
+    assert replay.is_out_of_memory(error) == (kind == "memory")
+    assert replay.is_fatal(error) == (kind == "fatal")
 
 
 def test_L04_without_pinned_memory_plain_memory_serves(monkeypatch, caplog):
@@ -449,3 +497,91 @@ def test_L04_without_pinned_memory_plain_memory_serves(monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "no pinned memory (CUDA error: out of memory): host and device wait for each other"
     ]
+
+
+# --- what stays, and what does not ------------------------------------------------------------------------------------
+
+
+def test_an_engine_gives_its_memory_back_at_once(tiny):
+    """Without the garbage collector: the next engine's cache may need the room."""
+    engine = _engine(tiny, Engine)
+    _run(engine, [make_request(tiny, PROMPTS[0], max_tokens=4)])
+    alive = [weakref.ref(tensor) for tensor in (engine.cache.pool, engine.decoder.graph.rows.bias)]
+    gc.disable()
+    try:
+        del engine
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_size_that_found_no_memory_leaves_none_taken(tiny, monkeypatch):
+    """What its step had made would stand in the way of the smaller ones."""
+    capturing(monkeypatch, out_of_memory=[1])
+    made, sample = [], OPS.sample
+
+    def sampling(logits, batch):
+        made.append((len(logits), weakref.ref(logits)))
+        if len(made) > 1 and made[-1][0] < 4:
+            assert not any(ref() is not None for size, ref in made if size == 4)
+        return sample(logits, batch)
+
+    monkeypatch.setattr(OPS, "sample", sampling)
+    engine = _engine(tiny, Engine)
+    gc.disable()
+    try:
+        engine.make_ready()
+    finally:
+        gc.enable()
+    assert engine.stats().captured == (1, 2)
+    assert all(ref() is None for _, ref in made)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_while_a_row_is_filled_leaves_no_stale_table(tiny, expected, monkeypatch, call, after):
+    """Before or after any of the tables is written; the next run has other stop tokens, bias and penalties."""
+    engine = _engine(tiny, Engine)
+    fill, calls = decode_rows._set, []
+
+    def interrupted(row, ids, values):
+        calls.append(1)
+        if len(calls) == call and not after:
+            row.zero_()
+            raise KeyboardInterrupt
+        fill(row, ids, values)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_rows, "_set", interrupted)
+        first = [
+            {"logit_bias": {11: 50.0}, "stop_token_ids": [1, 2], "repetition_penalty": 1.5},
+            {"stop_token_ids": list(range(40)), "min_tokens": 2, "frequency_penalty": 1.0},
+        ]
+        with pytest.raises(KeyboardInterrupt):
+            _run(engine, [make_request(tiny, PROMPTS[1], i, max_tokens=9, **params) for i, params in enumerate(first)])
+    assert _outcome(_run(engine, _requests(tiny))) == expected[0]
+
+
+def test_a_model_that_another_backend_took_over_is_noticed(tiny):
+    engine = _engine(tiny, Engine)
+    stream = engine.run([make_request(tiny, PROMPTS[0], max_tokens=9)])
+    next(stream)
+    _run(_engine(tiny, Engine, backend="reference"), [make_request(tiny, PROMPTS[0], max_tokens=2)])
+    with pytest.raises(RequestError, match="while this engine was generating; finish or close that stream first"):
+        next(stream)
+    again = [make_request(tiny, PROMPTS[0], max_tokens=9)]
+    assert _run(engine, again)[0].samples[0].finish_reason == "length"
+
+
+def test_rows_move_and_rest_without_waiting_for_the_device(tiny):
+    """A number that is assigned to an element would be copied from the host."""
+    rows = _engine(tiny, Engine).decoder.graph.rows
+    watch = StepWatch()
+    with torch.no_grad(), watch:
+        rows.rest(1)
+        rows.move(2, 0)
+        rows.rest_all()
+    assert "aten.fill_" in {name for name, _ in watch.calls}
+    assert not any(places and places[0][2] == () for name, places in watch.calls if name == "aten.copy_")

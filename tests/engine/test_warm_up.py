@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.decode_graph import DecodeGraph
-from llama_fast.engine.warm_up import warm_up_prompts
+from llama_fast.engine.warm_up import warm_up
 from llama_fast.kernels import launches
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PagedKVCache
@@ -40,19 +40,20 @@ SHAPES = {
 class _Engine:
     """What an engine makes ready and runs, without a host that reads."""
 
-    def __init__(self, shape, max_batch, prefill_chunk, max_seq_len):
+    def __init__(self, shape, max_batch, prefill_chunk, max_seq_len, graphs=True):
         config = LlamaConfig(vocab_size=1024, num_hidden_layers=1, max_position_embeddings=max_seq_len, **SHAPES[shape])
         with META:
             self.model = LlamaLM(config).to(torch.bfloat16)
         self.model.requires_grad_(False)
         self.cache = PagedKVCache(config, 256, dtype=torch.bfloat16, device=META)
         self.max_batch, self.prefill_chunk, self.max_seq_len = max_batch, prefill_chunk, max_seq_len
-        self.graph = DecodeGraph(self.model, self.cache, gpu, max_batch, max_seq_len)
+        self.graph = DecodeGraph(self.model, self.cache, gpu, max_batch, max_seq_len, graphs=graphs)
         self.model.prepare(gpu)
 
     def make_ready(self):
-        self.graph.capture()
-        warm_up_prompts(self.model, gpu, self.cache, self.graph.rows, self.max_batch, self.prefill_chunk)
+        if self.graph.captures:
+            self.graph.capture()
+        warm_up(self.model, gpu, self.cache, self.graph, self.prefill_chunk)
 
     def run_prompts(self, draw):
         """A step with prompts: chunks of any lengths, of which some draw their first token."""
@@ -81,13 +82,14 @@ class _Engine:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
     ("shape", "max_batch", "prefill_chunk"), [("1b", 16, 512), ("1b", 1, 100), ("1b", 37, 600), ("odd", 5, 33)]
 )
-def test_prompts_of_every_kind_compile_nothing(monkeypatch, arch, shape, max_batch, prefill_chunk):
+def test_prompts_of_every_kind_compile_nothing(monkeypatch, arch, shape, max_batch, prefill_chunk, graphs):
     capturing(monkeypatch)
     with torch.no_grad(), launches.recording(arch) as launched:
-        engine = _Engine(shape, max_batch, prefill_chunk, 1000)
+        engine = _Engine(shape, max_batch, prefill_chunk, 1000, graphs)
         engine.make_ready()
         known = set(launched)
         assert len(known) > 15
