@@ -18,6 +18,7 @@ DIR/report.json, written anew after every section:
     sections         name -> group, status, reason, seconds, limit_s, results
                      status: passed, failed, timed out, skipped (no time), not run (what it needs is not here)
                      results: checks [{check, subject, status, detail}], left_out [text], and what a section measured:
+                       compile       kernels, compiled, seconds
                        ceilings      bytes_per_s (of a copy), read_bytes_per_s, flops_per_s, launch_us, l2_bytes
                        kernel_tests  kernels {kernel: {passed, failed, skipped, left_out, failing [{test, why}]}}
                        kernel_times  kernels: what bench_kernels.py writes; refused {kernel: why}
@@ -34,6 +35,7 @@ DIR/report.md has the same as tables, DIR/*.png as pictures (with matplotlib), D
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +84,7 @@ class SectionPlan:
 # leaves the rest to those behind it.
 SECTIONS = (
     SectionPlan("build", "build", "gpu_report_checks:build", 120, 10),
+    SectionPlan("compile", "build", "gpu_report_compile:compile_models", 60, 10),
     SectionPlan("ceilings", "ceilings", "gpu_report_times:ceilings", 30, 8),
     SectionPlan("rows", "checks", "gpu_report_bits:rows", 40, 8, runs_without_gpu=True, interpreted=True),
     SectionPlan("extension", "checks", "gpu_report_extension:checks", 30, 8, extension="on"),
@@ -191,7 +194,7 @@ def run(args: argparse.Namespace, plans: Sequence[SectionPlan]) -> int:
         "minutes": args.minutes,
         "quick": args.quick,
         "gpu": smi,
-        "sources": {kernel: source_hash(kernel) for kernel in _KERNELS},
+        "sources": {kernel: source_hash(kernel) for kernel in (*_KERNELS, "advance")},
         "rates": rates,
         "sections": {},
     }
@@ -222,6 +225,8 @@ def run(args: argparse.Namespace, plans: Sequence[SectionPlan]) -> int:
 def _after(plan: SectionPlan, entry: dict[str, Any], report: dict[str, Any], args: argparse.Namespace) -> None:
     """What a section's results change outside of its own entry."""
     results = entry["results"]
+    if "temporary" in results:  # of a process that was killed
+        shutil.rmtree(results["temporary"], ignore_errors=True)
     if plan.name == "ceilings" and "bytes_per_s" in results:
         report["device"] = results["name"]
         report["rates"] = {name: results[name] for name in RATES} | {"source": "measured in this run"}
@@ -275,4 +280,6 @@ def _chosen(sections: Sequence[SectionPlan], only: Sequence[str] | None) -> list
 
 
 if __name__ == "__main__":
+    # The section that runs ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

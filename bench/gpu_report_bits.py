@@ -1,23 +1,19 @@
 """Sections of gpu_report.py that compare bits of single kernels: rows in any company, repeats, prompt and generated.
 
-    python bench/gpu_report_bits.py     launches every kernel once on small shapes: what compute-sanitizer runs
-
 Without a GPU the kernels are interpreted, on a tiny model.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_kernels import compile_ahead
 from gpu_report_section import NotHere, Section, as_hardware_sums, gpu_is_broken, has_gpu
-from kernel_cases import DTYPE, KERNELS, attention_setup, cases, int4_setup, linear_setup, projections
+from kernel_cases import DTYPE, attention_setup, cases, int4_setup, linear_setup, projections
 from torch import Tensor
 
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, LayerPages
@@ -39,6 +35,8 @@ class Rows:
         thresholds: numbers of rows at which the kernel takes another tile.
         run: results of rows [start, end), each with a row first.
         buckets: further numbers of rows.
+        step: parts start at multiples of it. Triton compiles a kernel anew for an address that is no multiple of 16
+            bytes, which no buffer of an engine has.
     """
 
     kernel: str
@@ -47,6 +45,7 @@ class Rows:
     thresholds: list[int]
     run: Callable[[int, int], tuple[Tensor, ...]]
     buckets: tuple[int, ...] = BUCKETS
+    step: int = 1
 
     @property
     def counts(self) -> list[int]:
@@ -67,7 +66,8 @@ def differs(rows: Rows) -> str | None:
     whole = rows.run(0, rows.most)
     for count in rows.counts:
         # From the front, from the back, and with other neighbours.
-        for start in sorted({0, rows.most - count, (rows.most - count) // 2}):
+        last = rows.most - count
+        for start in sorted({first // rows.step * rows.step for first in (0, last, last // 2)}):
             part = rows.run(start, start + count)
             for ours, all_of_them in zip(part, whole, strict=True):
                 if not same_bits(ours, all_of_them[start : start + count]):
@@ -188,10 +188,9 @@ def _uses(section: Section) -> tuple[Iterator[Rows], torch.device]:
     torch.manual_seed(0)
     if has_gpu():
         device, models = torch.device("cuda"), ["8b"] if section.quick else ["8b", "1b"]
-        # In threads, instead of one tile after the other when it is met.
-        met = cases(models, ["linear", "int4_linear"], [1, 17, 40, _MOST_GENERATED], [300, _MOST_PROMPT], [])
-        compile_ahead(met, SimpleNamespace(device=device), jobs=8)
-        return every_use(models, device, _MOST_GENERATED, _MOST_PROMPT), device
+        uses = every_use(models, device, _MOST_GENERATED, _MOST_PROMPT)
+        # Four numbers of the smallest dtype are 16 bytes.
+        return (replace(use, step=4) for use in uses), device
     if section.options.get("interpreted") is None:
         raise NotHere("no GPU")
     section.results["interpreted"] = True
@@ -226,7 +225,16 @@ def _each(section: Section, check: str, what: Callable[[Rows], str | None]) -> N
 def rows(section: Section) -> None:
     """A row has the bits that it has alone, for numbers of rows on both sides of every threshold and bucket."""
     _control(section)
-    _each(section, "bits of rows", differs)
+    _each(section, "bits of rows", _compiled_differs if has_gpu() else differs)
+
+
+def _compiled_differs(rows: Rows) -> str | None:
+    """As `differs`; what Triton compiles, threads compile before, and not one after the other when it is met."""
+    rows.run(0, 1)  # alone: it also starts Triton's driver
+    # A thread's first launch must find a context.
+    with ThreadPoolExecutor(8, initializer=lambda: torch.zeros(1, device="cuda")) as pool:
+        list(pool.map(lambda count: rows.run(0, count), rows.counts))
+    return differs(rows)
 
 
 def _control(section: Section) -> None:
@@ -268,23 +276,3 @@ def roles(section: Section) -> None:
 def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> str:
     different = sum(int((x != y).any(dim=-1).sum()) for x, y in zip(a, b, strict=True))
     return "equal bits" if all(map(same_bits, a, b)) else f"{different} of {len(a[0])} rows differ"
-
-
-def launch_each() -> int:
-    """Every kernel once on small shapes, with rows on both sides of a tile."""
-    device = torch.device("cuda")
-    with torch.no_grad():
-        for case in cases(["smoke"], list(KERNELS), [1, 3, 17], [40], [300]):
-            torch.manual_seed(0)
-            setup = case.build(device, 0)
-            setup.ours(*setup.sets[0])
-            torch.cuda.synchronize()
-            print(case.name)
-        from gpu_report_extension import launch_extension
-
-        launch_extension(device)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(launch_each())

@@ -22,6 +22,9 @@ _CLOCKS = (
 )
 # The longest list of failing tests that a report needs.
 _MOST_NAMES = 40
+_TOOLS = ("memcheck", "racecheck", "synccheck")
+# Where the toolkit is, if no variable says so.
+_CUDA_BIN = "/usr/local/cuda/bin"
 
 
 def nvidia_smi(fields: str = _CLOCKS) -> dict[str, str] | None:
@@ -42,19 +45,25 @@ def build(section: Section) -> None:
     section.save()
     if not has_gpu():
         raise NotHere("no GPU: nothing is built")
-    if _kernels_import():
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    else:  # maps kernels/ to llama_fast.kernels, and builds
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
+    link = ROOT / "llama_fast" / "kernels"
+    if not _kernels_import() and not link.exists():
+        # A checkout that is not installed: kernels/ gets its place in the package. pip would change the environment.
+        link.symlink_to("../kernels")
+        section.results["linked"] = "llama_fast/kernels -> ../kernels"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     section.results["command"] = " ".join(command)
-    section.check("build", "native modules", _problem(command, section))
-    for module in ("llama_fast._C", "llama_fast._cuda"):
+    # Machine code for this GPU alone is there sooner; the kernels are the same.
+    arch = (nvidia_smi("compute_cap") or {}).get("compute_cap", "").replace(".", "")
+    environment = {**os.environ, "PATH": os.pathsep.join([os.environ.get("PATH", ""), _CUDA_BIN])}
+    if arch.isdecimal():
+        environment.setdefault("LLAMA_FAST_CUDA_ARCHS", arch)
+    status, output = finish(command, section, "build", environment)
+    problem = None if status == 0 else f"{_ended(status)}: {_tail(output)}"
+    section.check("build", "native modules", problem)
+    for module in ("llama_fast.kernels", "llama_fast._C", "llama_fast._cuda"):
         code = f"import {module} as m; print(getattr(m, 'source_hash', 'no hash'))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            section.check("import", module, _tail(done.stderr))
-        else:
-            section.check("import", module, None, done.stdout.strip())
+        status, output = finish([sys.executable, "-c", code], section, "import", dict(os.environ))
+        section.check("import", module, _tail(output) or "no import" if status else None, output.strip()[-100:])
 
 
 def _kernels_import() -> bool:
@@ -62,15 +71,41 @@ def _kernels_import() -> bool:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
 
 
-def _problem(command: list[str], section: Section) -> str | None:
-    """Run a command to its end; why it failed, or None."""
+def finish(command: list[str], section: Section, name: str, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Run a command to its end or the section's: its exit status, None if its time was over, and its output."""
+    running = start(command, section, name, environment)
+    return wait(running, section)
+
+
+def start(
+    command: list[str], section: Section, name: str, environment: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process with its output in a file: what it leaves running would hold a pipe open, and reading would not end."""
     print("$", *command, flush=True)
+    path = section.out / "sections" / f"{section.name}-{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    return process, path
+
+
+def wait(running: tuple[subprocess.Popen[bytes], Path], section: Section) -> tuple[int | None, str]:
+    """As `finish`; its children end with the section."""
+    process, path = running
+    status: int | None
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(5.0, section.left()))
+        status = process.wait(timeout=max(1.0, section.left()))
     except subprocess.TimeoutExpired:
-        return f"not done after {max(5.0, section.left()):.0f} s"
-    print(done.stdout, done.stderr, flush=True)
-    return None if done.returncode == 0 else f"exit status {done.returncode}: {_tail(done.stderr or done.stdout)}"
+        process.kill()
+        process.wait()
+        status = None
+    return status, path.read_text(encoding="utf-8", errors="replace")
+
+
+def _ended(status: int | None) -> str:
+    return "not done in its time" if status is None else f"exit status {status}"
 
 
 def _tail(text: str) -> str:
@@ -117,24 +152,16 @@ def kernel_tests(section: Section) -> None:
         "REPORT_END": str(time.time() + max(1.0, section.left() - min(15.0, section.left() / 4))),
     }
     lines.unlink(missing_ok=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        output, _ = process.communicate(timeout=max(1.0, section.left()))
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        status = -9
-    print(output.decode(errors="replace")[-20_000:], flush=True)
+    status, output = finish(command, section, "pytest", environment)
     section.results["kernels"] = counted = count_tests(lines)
     for kernel, found in counted.items():
         problem = f"{found['failed']} of {found['failed'] + found['passed']} tests failed" if found["failed"] else None
         section.check("tests", kernel, problem, f"{found['passed']} passed, {found['left_out']} left out")
     # 0: passed, 1: tests failed (said above).
     if status not in (0, 1):
-        section.check("tests", "pytest", f"it ended with {status}: {_tail(output.decode(errors='replace'))}")
+        section.check("tests", "pytest", f"{_ended(status)}: {_tail(output)}")
     if not counted:
-        section.check("tests", "pytest", f"no test ran: {_tail(output.decode(errors='replace'))}")
+        section.check("tests", "pytest", f"no test ran: {_tail(output)}")
 
 
 def count_tests(lines: Path) -> dict[str, dict[str, Any]]:
@@ -170,30 +197,29 @@ def sanitizer(section: Section) -> None:
     if tool is None:
         for name in ("CUDA_HOME", "CUDA_PATH"):
             tool = tool or shutil.which("compute-sanitizer", path=os.path.join(os.environ.get(name, ""), "bin"))
-        tool = tool or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        tool = tool or shutil.which("compute-sanitizer", path=_CUDA_BIN)
     if tool is None:
         raise NotHere("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
     # Each allocation by itself, so that an access beside one is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    launch = [sys.executable, str(BENCH / "gpu_report_bits.py")]
+    launch = [sys.executable, str(BENCH / "gpu_report_launches.py")]
     # What Triton compiles, it compiles here and not under the tool.
-    plain = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=section.left())
-    if plain.returncode:
-        section.check("launch", "every kernel", _tail(plain.stderr or plain.stdout))
+    status, output = finish(launch, section, "launch", environment)
+    if status is None:
+        section.not_run("launch", "every kernel", _ended(status))
+    elif status:
+        section.check("launch", "every kernel", _tail(output))
+    if status != 0:
         return
-    for name in ("memcheck", "racecheck", "synccheck"):
-        if not section.has(15, name):
-            continue
-        command = [tool, "--tool", name, "--print-limit", "20", *launch]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=section.left()
-            )
-        except subprocess.TimeoutExpired:
+    # Side by side: most of their time is the host's.
+    command = [tool, "--print-limit", "20", "--tool"]
+    running = {name: start([*command, name, *launch], section, name, environment) for name in _TOOLS}
+    for name, process in running.items():
+        status, output = wait(process, section)
+        if status is None:
             section.not_run(name, "every kernel", "it was not done in its time")
-            continue
-        print(done.stdout[-8000:], done.stderr[-4000:], flush=True)
-        section.check(name, "every kernel", sanitizer_problem(done.stdout + done.stderr, done.returncode))
+        else:
+            section.check(name, "every kernel", sanitizer_problem(output, status))
 
 
 def sanitizer_problem(output: str, status: int) -> str | None:

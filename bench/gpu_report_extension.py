@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from gpu_report_bits import BUCKETS, Rows, changes, differs, same_bits
 from gpu_report_section import NotHere, Section, gpu_is_broken, has_gpu
+from gpu_report_times import rates_of
 from gpu_timing import Gpu, num_sets
 from kernel_cases import Projection, check_projection, linear_setup, projections
+from serving_bounds import Work
 from torch import Tensor
 
 _DEVICE = "cuda"
@@ -115,7 +117,7 @@ def times(section: Section) -> None:
     module = extension()
     if not section.earlier("extension").get("all_passed"):
         raise NotHere("its checks did not all pass in this run: not timed")
-    gpu = Gpu(seconds_per_case=0.02)
+    gpu, rates = Gpu(seconds_per_case=0.02), rates_of(section)
     section.results["rows"] = rows = []
     with torch.no_grad():
         for count in _TIMED_ROWS if not section.quick else (1, 8, 64):
@@ -128,7 +130,7 @@ def times(section: Section) -> None:
                 if not _serves(module, setup.sets[0][1], p):
                     continue
                 cublas, sets = setup.peers["torch"]()
-                bound_us = 1e6 * max(num_bytes / gpu.bandwidth, flops / gpu.flops)
+                bound_us = 1e6 * rates.seconds(Work(num_bytes, flops))
                 row: dict[str, Any] = {"model": model, "op": p.op, "rows": count, "bound_us": bound_us}
                 row["us"] = gpu.time(_call(module, p), setup.sets)
                 row["triton_us"] = gpu.time(setup.ours, setup.sets).median

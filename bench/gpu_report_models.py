@@ -145,6 +145,10 @@ def _time_points(
         if not section.has(4, f"{name} {point}"):
             continue
         kind, batch, context = point
+        if batch > engine.max_batch:
+            found = f"{name} {point}: steps of {engine.max_batch} sequences were captured, for more there is no memory"
+            section.results["left_out"].append(found)
+            continue
         try:
             ms = prefill_ms(engine, context) if kind == "prefill" else decode_ms(engine, batch, context)
         # One point must not cost the others; a GPU that no longer answers fails them all by name.

@@ -11,7 +11,7 @@ from bounds import settle
 from gpu_report_section import NotHere, Section, has_gpu
 from gpu_timing import Gpu
 from kernel_cases import cases
-from serving_bounds import Rates
+from serving_bounds import Rates, measure_rates
 
 _MEGABYTES_64 = 64_000_000
 
@@ -31,6 +31,8 @@ def ceilings(section: Section) -> None:
 def rates_of(section: Section) -> Rates:
     """The best that this run reached so far, since a bound must not be beaten; without a GPU what is assumed."""
     measured = section.earlier("ceilings")
+    if "bytes_per_s" not in measured and has_gpu():  # that section failed
+        return measure_rates(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, False)
     if "bytes_per_s" not in measured:
         return Rates(section.options["rates"]["bytes_per_s"], section.options["rates"]["flops_per_s"])
     kernels = section.earlier("kernel_times").get("kernels", {})

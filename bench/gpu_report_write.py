@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +164,19 @@ def write_report(report: dict[str, Any], out: Path, *, pictures: bool = False) -
     try:
         report["targets"] = targets(report)
         text = markdown(report)
-        if pictures and report["measured"]:
-            with suppress(ImportError):
-                _draw(report, out)
     # A table that cannot be made of it must not cost what was measured.
     except Exception:
         traceback.print_exc()
         text = f"report.json could not be made a table of:\n\n```\n{traceback.format_exc()}```"
     _write(out / "report.json", json.dumps(report, indent=1) + "\n")
     _write(out / "report.md", text + "\n")
+    if pictures and report["measured"]:
+        try:
+            _draw(report, out)
+        except ImportError:
+            print("no pictures: matplotlib is not installed")
+        except Exception:
+            traceback.print_exc()
 
 
 def _write(path: Path, text: str) -> None:
