@@ -10,23 +10,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from llama_fast.engine.admission import check_request
 from llama_fast.engine.decode_graph import DecodeGraph
 from llama_fast.engine.decoder import Decoder
 from llama_fast.engine.memory import cache_size, check_sizes
-from llama_fast.engine.outputs import EngineStats, FinishReason, Logprob, PositionLogprobs
+from llama_fast.engine.outputs import EngineStats, FinishReason
+from llama_fast.engine.prompts import position_logprobs, run_works, score_prompt
 from llama_fast.engine.request import Request, Sample
 from llama_fast.engine.scheduler import Scheduler, Work
 from llama_fast.engine.scheduler import Sequence as SequenceInCache
-from llama_fast.engine.warm_up import SCORED_ROWS, warm_up
-from llama_fast.errors import (
-    ContextLengthError,
-    EngineDeadError,
-    NonFiniteLogitsError,
-    OutOfMemoryError,
-    RequestError,
-    brief,
-)
-from llama_fast.model.batch import Chunk, pack
+from llama_fast.engine.warm_up import warm_up
+from llama_fast.errors import EngineDeadError, NonFiniteLogitsError, OutOfMemoryError, RequestError
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
@@ -174,32 +168,7 @@ class Engine:
             RequestError: token ids, n or a token id of the parameters are out of range.
             ContextLengthError: prompt and new tokens do not fit max_seq_len or the cache.
         """
-        sampling, prompt_ids = request.sampling, request.prompt_token_ids
-        if not prompt_ids:
-            raise RequestError(
-                f"prompt {request.index}: the prompt has no tokens; give at least one (the tokenizer adds no bos here)"
-            )
-        vocab_size = self.model.config.vocab_size
-        for position, token_id in enumerate(prompt_ids):
-            if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                raise RequestError(
-                    f"prompt {request.index}: prompt_token_ids[{position}]={brief(token_id)} is not an id of the "
-                    f"vocabulary, 0 to {vocab_size - 1}"
-                )
-        if sampling.n > self.max_batch:
-            raise RequestError(f"n={sampling.n} exceeds max_batch={self.max_batch}; build the engine with a larger one")
-        length = len(prompt_ids) + sampling.max_tokens
-        if length > self.max_seq_len:
-            raise ContextLengthError(
-                f"{len(prompt_ids)} prompt tokens + max_tokens={sampling.max_tokens} "
-                f"exceed max_seq_len={self.max_seq_len}"
-            )
-        needed = self.scheduler.pages_needed(request.samples[0].sequence)
-        if needed > self.cache.num_pages:
-            raise ContextLengthError(
-                f"the request needs {needed} cache pages of {self.cache.page_size} tokens, the cache has "
-                f"{self.cache.num_pages}; lower n or max_tokens, or raise cache_bytes"
-            )
+        check_request(request, self.scheduler, self.model.config.vocab_size, self.max_seq_len)
 
     def run(self, requests: Sequence[Request]) -> Generator[list[Sample], None, None]:
         """Run all requests to their end; yields after each step the samples that got a token or ended.
@@ -312,7 +281,9 @@ class Engine:
             metrics.started = metrics.started or now
         ends = [len(sample.sequence.token_ids) for sample in shared]
         decoding = [Work(sample.sequence, end - 1, end) for sample, end in zip(shared, ends, strict=True)]
-        hidden_states = self._run_graph([*works, *decoding])
+        hidden_states = run_works([*works, *decoding], self.model, self.ops, self.cache)
+        for work, states in zip(works, hidden_states, strict=False):
+            score_prompt(self._samples[work.sequence].request, work, states, self.model, self.ops)
         due = [row for row, work in enumerate(works) if work.samples]
         rows: list[int] = []
         samples: list[Sample] = []
@@ -329,25 +300,6 @@ class Engine:
         if len(rows) > len(due):
             logits = logits[to_device(rows, torch.int64, logits.device)]
         return samples + shared, logits
-
-    def _run_graph(self, works: list[Work]) -> Sequence[Tensor]:
-        """Each work's hidden states [tokens, hidden_size]; prompts are scored where asked."""
-        chunks = [
-            Chunk(
-                token_ids=work.sequence.token_ids[work.start : work.end],
-                start=work.start,
-                rope_len=work.sequence.prompt_len if work.start < work.sequence.prompt_len else None,
-                pages=work.sequence.pages,
-            )
-            for work in works
-        ]
-        batch = pack(self.ops, self.model.model.rotary, chunks, self.cache.split_size, self.model.device)
-        hidden_states = self.model.model.run(batch, self.cache).split([work.end - work.start for work in works])
-        for work, states in zip(works, hidden_states, strict=True):
-            work.sequence.num_computed = work.end
-            if work.start < work.sequence.prompt_len:
-                self._score_prompt(work, states)
-        return hidden_states
 
     def _fork(self, work: Work) -> list[Sample]:
         """The samples of a prompt that is through; the further ones fork off."""
@@ -379,7 +331,9 @@ class Engine:
                 sample.append(token.token_id)
                 sample.sequence.num_computed = len(sample.sequence.token_ids) - 1
                 if sample.logprobs is not None and token.log_probs is not None:
-                    sample.logprobs.append(_position(token.token_id, *token.log_probs, request.sampling.logprobs or 0))
+                    sample.logprobs.append(
+                        position_logprobs(token.token_id, *token.log_probs, request.sampling.logprobs or 0)
+                    )
                 if sample.finish_reason is not None:
                     # The device knows no texts: it goes on behind a stop string.
                     self._release(sample, at_rest=not isinstance(sample.stop_reason, str))
@@ -419,28 +373,3 @@ class Engine:
             self.scheduler.finish(sample.sequence)
         if all(other.finish_reason is not None for other in sample.request.samples):
             sample.request.metrics.finished = time.monotonic()
-
-    def _score_prompt(self, work: Work, hidden_states: Tensor) -> None:
-        """Log probabilities of the prompt tokens that these positions predict, if they were asked for."""
-        request, sequence = self._samples[work.sequence].request, work.sequence
-        if request.prompt_logprobs is None:
-            return
-        num_top = request.sampling.prompt_logprobs or 0
-        # The last prompt token predicts no prompt token.
-        for start in range(work.start, min(work.end, sequence.prompt_len - 1), SCORED_ROWS):
-            end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
-            logits = self.model.logits(hidden_states[start - work.start : end - work.start], self.ops)
-            targets = to_device(sequence.token_ids[start + 1 : end + 1], torch.int64, logits.device)
-            scores = self.ops.log_probs(logits, targets, num_top)
-            for token_id, *scored in zip(targets.tolist(), *(tensor.tolist() for tensor in scores), strict=True):
-                request.prompt_logprobs.append(_position(token_id, *scored, num_top))
-
-
-def _position(
-    token_id: int, logprob: float, rank: int, top_values: list[float], top_ids: list[int], num_top: int
-) -> PositionLogprobs:
-    """The token, then the `num_top` most probable ones in order; a batch is scored with the largest number in it."""
-    position = {token_id: Logprob(logprob, rank)}
-    for place, (top_id, value) in enumerate(zip(top_ids[:num_top], top_values, strict=False), start=1):
-        position.setdefault(top_id, Logprob(value, place))
-    return position

@@ -19,7 +19,7 @@ import torch
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.engine import DEFAULT_PREFILL_CHUNK
 from llama_fast.engine.memory import check_sizes, warn_of_limit
-from llama_fast.engine.warm_up import SCORED_ROWS
+from llama_fast.engine.prompts import SCORED_ROWS
 from llama_fast.errors import OutOfMemoryError
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import Checkpoint

@@ -8,12 +8,10 @@ from types import ModuleType
 import torch
 
 from llama_fast.engine.decode_graph import DecodeGraph
+from llama_fast.engine.prompts import SCORED_ROWS
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.model.llama import LlamaLM
-
-# Prompt positions whose logits are in memory at once while prompts are scored.
-SCORED_ROWS = 64
 
 
 def warm_up(model: LlamaLM, ops: ModuleType, cache: PagedKVCache, graph: DecodeGraph, prefill_chunk: int) -> None:

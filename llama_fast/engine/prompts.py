@@ -1,0 +1,63 @@
+"""Runs of the graph over chunks of prompts, and the log probabilities of prompt tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llama_fast.engine.outputs import Logprob, PositionLogprobs
+from llama_fast.engine.request import Request
+from llama_fast.engine.scheduler import Work
+from llama_fast.model.batch import Chunk, pack
+from llama_fast.model.kv_cache import PagedKVCache
+from llama_fast.model.llama import LlamaLM
+from llama_fast.ops.transfers import to_device
+
+# Prompt positions whose logits are in memory at once while prompts are scored.
+SCORED_ROWS = 64
+
+
+def run_works(works: Sequence[Work], model: LlamaLM, ops: ModuleType, cache: PagedKVCache) -> Sequence[Tensor]:
+    """Run all works in one pass; each one's hidden states [tokens, hidden_size]."""
+    chunks = [
+        Chunk(
+            token_ids=work.sequence.token_ids[work.start : work.end],
+            start=work.start,
+            rope_len=work.sequence.prompt_len if work.start < work.sequence.prompt_len else None,
+            pages=work.sequence.pages,
+        )
+        for work in works
+    ]
+    batch = pack(ops, model.model.rotary, chunks, cache.split_size, model.device)
+    hidden_states = model.model.run(batch, cache).split([work.end - work.start for work in works])
+    for work in works:
+        work.sequence.num_computed = work.end
+    return hidden_states
+
+
+def score_prompt(request: Request, work: Work, hidden_states: Tensor, model: LlamaLM, ops: ModuleType) -> None:
+    """Log probabilities of the prompt tokens that a work's positions predict, if they were asked for."""
+    if request.prompt_logprobs is None:
+        return
+    sequence, num_top = work.sequence, request.sampling.prompt_logprobs or 0
+    # The last prompt token predicts no prompt token.
+    for start in range(work.start, min(work.end, sequence.prompt_len - 1), SCORED_ROWS):
+        end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
+        logits = model.logits(hidden_states[start - work.start : end - work.start], ops)
+        targets = to_device(sequence.token_ids[start + 1 : end + 1], torch.int64, logits.device)
+        scores = ops.log_probs(logits, targets, num_top)
+        for token_id, *scored in zip(targets.tolist(), *(tensor.tolist() for tensor in scores), strict=True):
+            request.prompt_logprobs.append(position_logprobs(token_id, *scored, num_top))
+
+
+def position_logprobs(
+    token_id: int, logprob: float, rank: int, top_values: list[float], top_ids: list[int], num_top: int
+) -> PositionLogprobs:
+    """The token, then the `num_top` most probable ones in order; a batch is scored with the largest number in it."""
+    position = {token_id: Logprob(logprob, rank)}
+    for place, (top_id, value) in enumerate(zip(top_ids[:num_top], top_values, strict=False), start=1):
+        position.setdefault(top_id, Logprob(value, place))
+    return position
