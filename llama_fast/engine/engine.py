@@ -137,7 +137,7 @@ class Engine:
                 return
             if self._graph.captures:
                 self._graph.capture()
-                self.max_batch = self._graph.max_batch
+                self.max_batch = self.scheduler.max_batch = self._graph.max_batch
             try:
                 warm_up(self.model, self.ops, self.cache, self._graph, self.prefill_chunk)
             except Exception as error:
@@ -190,10 +190,8 @@ class Engine:
             for request in requests:
                 self.check(request)
             self.make_ready()
-            if self.scheduler.max_batch != self.max_batch:  # less memory than was thought
-                self._reset()
-                for request in requests:
-                    self.check(request)
+            for request in requests:
+                self.check(request)  # there may be memory for fewer sequences than was thought
             for request in requests:
                 first = request.samples[0]
                 self._samples[first.sequence] = first
