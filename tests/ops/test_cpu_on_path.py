@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llama_fast import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams, demo
-from llama_fast.engine.engine import SCORED_ROWS, Engine
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.prompts import SCORED_ROWS
 from llama_fast.ops import cpu, reference, reference_attention, reference_sample, select_backend
 from llama_fast.ops.activations import ACTIVATIONS
 from llama_fast.ops.rows import needs_grad
@@ -91,7 +92,7 @@ def test_whole_models_run_on_the_native_kernels_alone(model, layers_at_once, req
 
     # All layers are one native call, or each of their ops is.
     heads = runs + scored
-    expected_calls = {"linear": heads, "sample": runs, "log_probs": heads, "run_layers": runs}
+    expected_calls = {"linear": heads, "sample": runs, "advance": runs, "log_probs": heads, "run_layers": runs}
     if not layers_at_once:
         del expected_calls["run_layers"]
         expected_calls |= {"norm_qkv_rope_cache": runs * layers, "attention": runs * layers}
