@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -55,16 +54,8 @@ def random_model(name: str, **changes: Any) -> LlamaLM:
 
 
 def make_engine(model: LlamaLM, *, graphs: bool = True, **sizes: Any) -> Engine:
-    """An engine on the kernels.
-
-    Raises:
-        NotHere: this version captures no graphs.
-    """
-    if "graphs" in inspect.signature(Engine.__init__).parameters:
-        sizes["graphs"] = graphs
-    elif not graphs:
-        raise NotHere("this version's engine captures no graphs")
-    return Engine(model, backend="gpu", **sizes)
+    """An engine on the kernels."""
+    return Engine(model, backend="gpu", graphs=graphs, **sizes)
 
 
 def make_request(
@@ -82,16 +73,13 @@ def random_prompt(model: LlamaLM, length: int, seed: int) -> list[int]:
 
 
 def stats_of(engine: Engine) -> dict[str, Any]:
-    """Engine.stats() as JSON has it; {} where there is none."""
-    stats = getattr(engine, "stats", None)
-    return dataclasses.asdict(stats()) if callable(stats) else {}
+    """Engine.stats() as JSON has it."""
+    return dataclasses.asdict(engine.stats())
 
 
 def make_ready(engine: Engine) -> None:
-    """Warm up and capture, where the engine does."""
-    ready = getattr(engine, "make_ready", None)
-    if callable(ready):
-        ready()
+    """Warm up and capture."""
+    engine.make_ready()
     torch.cuda.synchronize()
 
 
@@ -159,11 +147,8 @@ def _graphs_of(section: Section, name: str, order: list[int]) -> None:
         alone |= _run(captured, [index])
     section.check("one answer, alone and in a batch", subject, _difference(alone, together))
     del captured
-    try:
-        eager = _run(make_engine(model, graphs=False, **sizes), order)
-        section.check("one answer, graph and eager", subject, _difference(eager, together))
-    except NotHere as reason:
-        section.not_run("one answer, graph and eager", subject, str(reason))
+    eager = _run(make_engine(model, graphs=False, **sizes), order)
+    section.check("one answer, graph and eager", subject, _difference(eager, together))
     _prompt_or_generated(section, model, subject)
 
 

@@ -115,8 +115,8 @@ def _model(section: Section, name: str) -> None:
 def capture_time(engine: Any) -> Callable[[], float | None]:
     """Seconds that the engine's graphs take to capture, once it is ready; None where it captures none."""
     taken: list[float] = []
-    graph = getattr(engine, "_graph", None)
-    if graph is not None and getattr(graph, "captures", False):
+    graph = engine.decoder.graph
+    if graph.captures:
         capture = graph.capture
 
         def timed() -> None:
