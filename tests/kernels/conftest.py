@@ -44,6 +44,18 @@ def _unwritten_outputs_show(uninitialised_memory_is_nan):
     """Every test of a kernel."""
 
 
+@pytest.fixture(scope="module")
+def exact_dots():
+    """tl.dot as hardware sums, whatever the tile: the interpreter's own is BLAS."""
+    if INTERPRETED:
+        from tests.kernels.interpreter import exact_dot
+
+        with exact_dot():
+            yield
+    else:
+        yield
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Function (module, name of its kernel): a list that gets the grid of every launch; run=False only counts."""

@@ -23,20 +23,8 @@ interpreted = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _chained():
-    """tl.dot as hardware sums, whatever the tile: the interpreter's own is BLAS."""
-    if INTERPRETED:
-        from tests.kernels.interpreter import exact_dot
-
-        with exact_dot():
-            yield
-    else:
-        yield
-
-
 @pytest.fixture(scope="module")
-def model(device):
+def model(device, exact_dots):
     return make_model(torch.bfloat16).to(device)
 
 

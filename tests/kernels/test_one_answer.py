@@ -7,7 +7,6 @@ import torch
 
 from llama_fast.kernels import configs
 from llama_fast.ops import cuda_extension, gpu, reference
-from tests.kernels.conftest import INTERPRETED
 from tests.tiny import RecordingEngine, make_model, make_request
 
 SIZES = {"page_size": 16, "split_size": 32, "max_seq_len": 128}
@@ -21,20 +20,8 @@ SPECS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _chained():
-    """tl.dot as hardware sums, whatever the tile: the interpreter's own is BLAS."""
-    if INTERPRETED:
-        from tests.kernels.interpreter import exact_dot
-
-        with exact_dot():
-            yield
-    else:
-        yield
-
-
 @pytest.fixture(scope="module")
-def model(device):
+def model(device, exact_dots):
     return make_model(torch.bfloat16).to(device)
 
 
