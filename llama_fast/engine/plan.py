@@ -34,7 +34,7 @@ class Row:
     """One line of a plan.
 
     Attributes:
-        part: weights, cache or step; a step's buffers are there for its duration only.
+        part: weights, cache or step; a step's buffers, but those for decoding, are there for its duration only.
         bytes: on the device, in the dtype the model runs in.
         stored_bytes: of weights: in the checkpoint's files.
         note: how the bytes come about.
@@ -109,6 +109,13 @@ def step_rows(
     ]
 
 
+def decode_row(config: LlamaConfig, max_batch: int, max_seq_len: int, page_size: int) -> Row:
+    """The buffers that decoding steps read and write, there as long as the engine (see decode_rows.py)."""
+    # Stop tokens, tokens of the prompt, counts, bias and logits: 1 + 1 + 4 + 4 + 4 bytes.
+    size = max_batch * (14 * config.vocab_size + 8 * -(-max_seq_len // page_size))
+    return Row("step", "decoding", size, None, f"{max_batch:,} rows x {config.vocab_size:,}")
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What one setting needs on a device, and whether that is there.
@@ -166,7 +173,7 @@ class MemoryPlan:
         cache = Row("cache", "K and V", (self.cache_bytes or self.sequence_bytes) + self.page_bytes, None, pages)
         config, dtype = self.checkpoint.config, self.checkpoint.dtype
         step = step_rows(config, dtype, self.max_batch, self.max_seq_len, self.prefill_chunk)
-        return [*self.weights, cache, *step]
+        return [*self.weights, cache, decode_row(config, self.max_batch, self.max_seq_len, self.page_size), *step]
 
     @property
     def needed_bytes(self) -> int:

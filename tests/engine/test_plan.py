@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.shapes import SHAPES
 from llama_fast import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from llama_fast.engine.engine import Engine
-from llama_fast.engine.plan import MemoryPlan, step_rows, weight_rows
+from llama_fast.engine.plan import MemoryPlan, decode_row, step_rows, weight_rows
 from llama_fast.errors import OutOfMemoryError, RequestError
 from llama_fast.model.checkpoint import CheckpointFiles
 from llama_fast.model.llama import LlamaLM
@@ -328,3 +328,14 @@ def test_nothing_is_read_for_wrong_arguments(byte_folder, reads):
     with pytest.raises(OutOfMemoryError, match=r"for max_seq_len=9223372036854775807 .* use max_seq_len=\d+$"):
         LLM(byte_folder, device="cpu", max_seq_len=2**63 - 1)
     assert reads == []
+
+
+def test_the_buffers_for_decoding_are_as_large_as_planned(byte_folder):
+    sizes = {"max_batch": 16, "max_seq_len": 2048, "page_size": 16}
+    engine = LLM(byte_folder, **sizes).engine
+    graph = engine.decoder.graph
+    tensors = [value for owner in (graph, graph.rows) for value in vars(owner).values() if torch.is_tensor(value)]
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    taken = sum(storage.nbytes() for storage in storages.values())
+    planned = decode_row(engine.model.config, 16, 2048, 16).bytes
+    assert planned <= taken <= 1.1 * planned + 16 * 1024
