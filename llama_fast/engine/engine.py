@@ -329,9 +329,8 @@ class Engine:
                 sample.append(token.token_id)
                 sample.sequence.num_computed = len(sample.sequence.token_ids) - 1
                 if sample.logprobs is not None and token.log_probs is not None:
-                    sample.logprobs.append(
-                        position_logprobs(token.token_id, *token.log_probs, request.sampling.logprobs or 0)
-                    )
+                    num_top = request.sampling.logprobs or 0
+                    sample.logprobs.append(position_logprobs(token.token_id, token.log_probs, num_top))
                 if sample.finish_reason is not None:
                     # The device knows no texts: it goes on behind a stop string.
                     self._release(sample, at_rest=not isinstance(sample.stop_reason, str))

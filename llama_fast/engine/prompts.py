@@ -48,15 +48,20 @@ def score_prompt(request: Request, work: Work, hidden_states: Tensor, model: Lla
         end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
         logits = model.logits(hidden_states[start - work.start : end - work.start], ops)
         targets = to_device(sequence.token_ids[start + 1 : end + 1], torch.int64, logits.device)
-        scores = ops.log_probs(logits, targets, num_top)
-        for token_id, *scored in zip(targets.tolist(), *(tensor.tolist() for tensor in scores), strict=True):
-            request.prompt_logprobs.append(position_logprobs(token_id, *scored, num_top))
+        scores = zip(*(tensor.tolist() for tensor in ops.log_probs(logits, targets, num_top)), strict=True)
+        for token_id, scored in zip(targets.tolist(), scores, strict=True):
+            request.prompt_logprobs.append(position_logprobs(token_id, scored, num_top))
 
 
 def position_logprobs(
-    token_id: int, logprob: float, rank: int, top_values: list[float], top_ids: list[int], num_top: int
+    token_id: int, scored: tuple[float, int, list[float], list[int]], num_top: int
 ) -> PositionLogprobs:
-    """The token, then the `num_top` most probable ones in order; a batch is scored with the largest number in it."""
+    """The token, then the `num_top` most probable ones in order.
+
+    Args:
+        scored: a row of ops.log_probs: log probability, rank, and at least `num_top` top values and ids.
+    """
+    logprob, rank, top_values, top_ids = scored
     position = {token_id: Logprob(logprob, rank)}
     for place, (top_id, value) in enumerate(zip(top_ids[:num_top], top_values, strict=False), start=1):
         position.setdefault(top_id, Logprob(value, place))
