@@ -31,7 +31,7 @@ from llama_fast.kernels.linear import finish
 from llama_fast.kernels.silu_mul import ACTIVATIONS, activate
 
 if TYPE_CHECKING:
-    from llama_fast.ops.reference_int4 import Int4Weight
+    from llama_fast.ops.int4 import Int4Weight
 
 GROUP_SIZES = (32, 64, 128)
 # The zero of a symmetric weight, and the largest of an asymmetric one: GPTQ's first format stores zeros minus 1.

@@ -29,7 +29,6 @@ from llama_fast.ops.cpu_arguments import (
 from llama_fast.ops.cpu_layers import NativeLayers, native_layers, native_pages
 from llama_fast.ops.cpu_linear import ACTIVATION_NUMBERS, LinearWeight, prepare_linear
 from llama_fast.ops.native import required
-from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
 from llama_fast.ops.reference_sample import SamplingBatch, check_logits, check_sampling
 from llama_fast.ops.shared import copy_pages, embed, warm_up_rows
 from llama_fast.ops.shared import run_layers as run_ops
@@ -48,14 +47,12 @@ __all__ = [
     "check_cache",
     "copy_pages",
     "embed",
-    "int4_linear",
     "linear",
     "linear_residual",
     "log_probs",
     "norm_gate_up_act",
     "norm_lm_head",
     "norm_qkv_rope_cache",
-    "prepare_int4",
     "prepare_layers",
     "prepare_linear",
     "rms_norm",

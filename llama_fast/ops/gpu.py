@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from llama_fast.errors import RequestError
 from llama_fast.kernels import batch_checks, configs
-from llama_fast.kernels import int4_linear as int4_kernel
 from llama_fast.kernels import linear as linear_kernel
 from llama_fast.kernels.advance import advance
 from llama_fast.kernels.arguments import INTERPRETED
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
     from llama_fast.model.kv_cache import LayerPages
     from llama_fast.model.llama import Norm
-    from llama_fast.ops.reference_int4 import Int4Weight
 
 __all__ = [
     "CAPTURABLE",
@@ -45,14 +43,12 @@ __all__ = [
     "check_cache",
     "copy_pages",
     "embed",
-    "int4_linear",
     "linear",
     "linear_residual",
     "log_probs",
     "norm_gate_up_act",
     "norm_lm_head",
     "norm_qkv_rope_cache",
-    "prepare_int4",
     "prepare_layers",
     "prepare_linear",
     "rms_norm",
@@ -164,20 +160,6 @@ def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
 def _linear_of(weight: LinearWeight, generated: bool) -> Callable[..., Tensor]:
     """The kernel of a role: nothing else may choose, least of all the number of rows."""
     return cuda_extension.linear if generated and weight.by_extension else linear_kernel.linear
-
-
-def prepare_int4(parts: Sequence[Int4Weight]) -> int4_kernel.PlanarInt4:
-    """Make one packed weight of several of the same input (q, k, v; gate, up) and group size."""
-    return int4_kernel.pack_int4(*parts)
-
-
-def int4_linear(x: Tensor, weight: int4_kernel.PlanarInt4, generated: bool = False) -> Tensor:
-    """x times the dequantized weight's transpose, plus bias: [num_tokens, in_features] -> [num_tokens, out_features].
-
-    Args:
-        generated: whether the rows are generated tokens (see Batch); both roles take one route here.
-    """
-    return int4_kernel.int4_linear(x, weight)
 
 
 def silu_mul(gate_up: Tensor, activation: str | Activation = "silu") -> Tensor:

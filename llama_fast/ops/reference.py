@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.ops.activations import ACTIVATIONS, Activation
+from llama_fast.ops.int4 import Int4Linear
 from llama_fast.ops.reference_attention import attention
-from llama_fast.ops.reference_int4 import int4_linear, prepare_int4
+from llama_fast.ops.reference_int4 import int4_module_linear
 from llama_fast.ops.reference_sample import log_probs, sample
 from llama_fast.ops.rows import MATMUL_MULTIPLE, elementwise, in_row_blocks, needs_grad, pad_last, widen
 from llama_fast.ops.shared import advance, copy_pages, embed, prepare_layers, run_layers, warm_up_rows
@@ -36,14 +37,12 @@ __all__ = [
     "check_cache",
     "copy_pages",
     "embed",
-    "int4_linear",
     "linear",
     "linear_residual",
     "log_probs",
     "norm_gate_up_act",
     "norm_lm_head",
     "norm_qkv_rope_cache",
-    "prepare_int4",
     "prepare_layers",
     "prepare_linear",
     "rms_norm",
@@ -77,7 +76,7 @@ class LinearPart:
 class LinearWeight:
     """What `prepare_linear` returns here: the parts as they are; outputs are concatenated in their order."""
 
-    parts: tuple[LinearPart, ...]
+    parts: tuple[LinearPart | Int4Linear, ...]
     activation: str | Activation | None
 
 
@@ -85,14 +84,18 @@ def check_cache(head_dim: int, page_size: int, dtype: torch.dtype, device: torch
     """Refuse a cache that this backend cannot read; this one reads all."""
 
 
-def prepare_linear(parts: Sequence[nn.Linear], activation: str | Activation | None = None) -> LinearWeight:
+def prepare_linear(
+    parts: Sequence[nn.Linear] | Sequence[Int4Linear], activation: str | Activation | None = None
+) -> LinearWeight:
     """Make one weight of several projections of the same input (q, k, v; gate, up).
 
     Args:
-        parts: modules with `weight` [out_features, in_features] and `bias` [out_features] or None.
+        parts: modules with `weight` [out_features, in_features] and `bias` [out_features] or None; or quantized ones,
+            which are read where they are used.
         activation: for gate and up: a name of `ACTIVATIONS` or an elementwise function.
     """
-    return LinearWeight(tuple(LinearPart(part.weight, part.bias) for part in parts), activation)
+    kept = (part if isinstance(part, Int4Linear) else LinearPart(part.weight, part.bias) for part in parts)
+    return LinearWeight(tuple(kept), activation)
 
 
 # --- primitives ------------------------------------------------------------------------------------------------------
@@ -139,7 +142,10 @@ def linear(x: Tensor, weight: LinearWeight, generated: bool = False) -> Tensor:
     Args:
         generated: whether the rows are generated tokens (see Batch); both roles take one route here.
     """
-    outputs = [_matmul(x, part.weight, part.bias) for part in weight.parts]
+    outputs = [
+        int4_module_linear(x, part) if isinstance(part, Int4Linear) else _matmul(x, part.weight, part.bias)
+        for part in weight.parts
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
@@ -228,8 +234,11 @@ def norm_lm_head(x: Tensor, norm: Norm, lm_head: LinearWeight) -> Tensor:
 
     The normed hidden state is rounded to the activation dtype; products are summed and kept in fp32.
     """
-    hidden_states = widen(rms_norm(x, norm.weight, norm.eps))
+    normed = rms_norm(x, norm.weight, norm.eps)
+    hidden_states = widen(normed)
     (part,) = lm_head.parts
+    if isinstance(part, Int4Linear):
+        return int4_module_linear(normed, part, out_dtype=hidden_states.dtype)
     # A 16-bit head is widened a chunk at a time: a whole fp32 copy would double the memory of a 128k vocabulary.
     chunks = [part.weight] if part.weight.dtype == hidden_states.dtype else part.weight.split(HEAD_CHUNK)
     logits = torch.cat([_matmul(hidden_states, chunk.to(hidden_states.dtype), None) for chunk in chunks], dim=-1)

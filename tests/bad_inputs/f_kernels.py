@@ -31,7 +31,7 @@ from llama_fast.kernels.silu_mul import silu_mul
 from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import LayerPages
 from llama_fast.ops import reference
-from llama_fast.ops.reference_int4 import Int4Weight
+from llama_fast.ops.int4 import Int4Weight
 from llama_fast.ops.reference_sample import SamplingBatch
 from tests.bad_inputs.harness import check, refused
 from tests.tiny import make_model, make_request

@@ -12,8 +12,8 @@ from llama_fast.kernels import configs
 from llama_fast.kernels import int4_linear as module
 from llama_fast.kernels.int4_linear import PlanarInt4, int4_linear, pack_int4, unpack_int4
 from llama_fast.kernels.silu_mul import ACTIVATIONS, silu_mul
-from llama_fast.ops import reference
-from llama_fast.ops.reference_int4 import Int4Weight
+from llama_fast.ops import reference, reference_int4
+from llama_fast.ops.int4 import Int4Weight
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_sum_accurate, doubled, outliers, same_bits, ulp
 from tests.kernels.conftest import INTERPRETED
 
@@ -247,7 +247,7 @@ def test_accuracy(device, case):
 @pytest.mark.parametrize("has_zeros", [False, True])
 def test_accuracy_beside_the_twin(device, dtype, group_size, has_zeros):
     def twin(x, *fields):
-        return reference.int4_linear(x, Int4Weight(*fields))
+        return reference_int4.int4_linear(x, Int4Weight(*fields))
 
     def kernel(x, *fields):
         return int4_linear(x, pack_int4(Int4Weight(*fields)))
@@ -264,12 +264,12 @@ def test_accuracy_beside_the_twin(device, dtype, group_size, has_zeros):
 @pytest.mark.parametrize(("rows", "outs", "ins", "group_size"), [(5, 600, 96, 32), (17, 33, 256, 64), (1, 7, 384, 128)])
 def test_twin_against_fp64(device, dtype, has_zeros, rows, outs, ins, group_size):
     x, weight, _ = draw(rows, outs, ins, group_size, dtype, has_zeros, "bias", True, device)
-    assert_within_bound(reference.int4_linear(x, weight), x, weight, None, None)
+    assert_within_bound(reference_int4.int4_linear(x, weight), x, weight, None, None)
     wide = Int4Weight(*map(doubled, (weight.values, weight.scales, weight.zeros, weight.bias)))
     exact = F.linear(x.double(), weight.dequantized(dtype=torch.float64), weight.bias.double())
-    torch.testing.assert_close(reference.int4_linear(x.double(), wide), exact, rtol=1e-12, atol=1e-12)
-    alone = reference.int4_linear(x[:1], weight)
-    assert same_bits(reference.int4_linear(x, weight)[:1], alone)
+    torch.testing.assert_close(reference_int4.int4_linear(x.double(), wide), exact, rtol=1e-12, atol=1e-12)
+    alone = reference_int4.int4_linear(x[:1], weight)
+    assert same_bits(reference_int4.int4_linear(x, weight)[:1], alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -594,5 +594,5 @@ def test_F03_devices_and_gradients(device):
         int4_linear(x.requires_grad_(), packed)
     with torch.no_grad():
         assert int4_linear(x, packed).shape == (5, 6)
-    reference.int4_linear(x, weight).sum().backward()
+    reference_int4.int4_linear(x, weight).sum().backward()
     assert torch.allclose(x.grad, weight.dequantized().sum(0).expand_as(x), atol=1e-5)
