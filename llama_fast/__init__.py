@@ -10,10 +10,12 @@ from llama_fast import errors
 
 if TYPE_CHECKING:
     from llama_fast.api.modeling import LlamaForCausalLM
+    from llama_fast.api.quantization import TorchAoConfig
     from llama_fast.config import LlamaConfig
     from llama_fast.engine.llm import LLM
     from llama_fast.engine.outputs import CompletionOutput, RequestOutput
     from llama_fast.engine.sampling import SamplingParams
+    from llama_fast.model.quantization import Int4Config
     from llama_fast.tokenizer import BatchEncoding, LlamaTokenizer, LlamaTokenizerFast
 
 __version__ = "0.1.0"
@@ -22,12 +24,14 @@ __all__ = [
     "LLM",
     "BatchEncoding",
     "CompletionOutput",
+    "Int4Config",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LlamaTokenizer",
     "LlamaTokenizerFast",
     "RequestOutput",
     "SamplingParams",
+    "TorchAoConfig",
     "errors",
 ]
 
@@ -35,6 +39,7 @@ __all__ = [
 _HOMES = {
     "BatchEncoding": "llama_fast.tokenizer",
     "CompletionOutput": "llama_fast.engine.outputs",
+    "Int4Config": "llama_fast.model.quantization",
     "LLM": "llama_fast.engine.llm",
     "LlamaConfig": "llama_fast.config",
     "LlamaForCausalLM": "llama_fast.api.modeling",
@@ -42,6 +47,7 @@ _HOMES = {
     "LlamaTokenizerFast": "llama_fast.tokenizer",
     "RequestOutput": "llama_fast.engine.outputs",
     "SamplingParams": "llama_fast.engine.sampling",
+    "TorchAoConfig": "llama_fast.api.quantization",
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_fast.api.arguments import check_input_ids, kept_tokens, refuse_unsupported
 from llama_fast.api.generation import GeneratingLM
 from llama_fast.api.outputs import CausalLMOutputWithPast
+from llama_fast.api.quantization import one_quantization
 from llama_fast.engine.plan import check_weights
 from llama_fast.engine.sampling import GenerationDefaults
 from llama_fast.errors import CheckpointIOError, RequestError, UnsupportedError
@@ -22,6 +23,7 @@ from llama_fast.model.batch import Batch
 from llama_fast.model.checkpoint import save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import open_checkpoint, read_model
+from llama_fast.model.quantization import Int4Config
 from llama_fast.ops import reference, select_backend
 from llama_fast.ops.replay import on_device
 from llama_fast.ops.rows import needs_grad
@@ -47,6 +49,8 @@ class LlamaForCausalLM(GeneratingLM):
         device: str | int | torch.device | None = None,
         backend: str = "auto",
         load: str = "mmap",
+        quantization: str | Int4Config | None = None,
+        quantization_config: object = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
@@ -62,6 +66,8 @@ class LlamaForCausalLM(GeneratingLM):
             backend: "auto", "reference", "cpu" or "gpu".
             load: "mmap" shares the weights' pages with their files on the CPU until they are written; "copy" reads
                 them into memory of their own.
+            quantization: "int4", or an Int4Config, rounds the projections' weights while they are read.
+            quantization_config: the page's name for it: an Int4Config or a TorchAoConfig, transformers' own as well.
             revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
         Raises:
@@ -70,6 +76,7 @@ class LlamaForCausalLM(GeneratingLM):
             UnsupportedError: an argument of the page that is not supported yet, by name.
         """
         refuse_unsupported("from_pretrained", unsupported)
+        quantization = one_quantization(quantization, quantization_config)
         folder = find_folder(
             pretrained_model_name_or_path,
             revision=revision,
@@ -78,7 +85,7 @@ class LlamaForCausalLM(GeneratingLM):
             local_files_only=local_files_only,
         )
         generation_defaults = GenerationDefaults.from_folder(folder)
-        checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
+        checkpoint = open_checkpoint(folder, dtype=dtype, device=device, quantization=quantization)
         generation_defaults.check_vocab(checkpoint.config.vocab_size)
         select_backend(backend, checkpoint.device, checkpoint.dtype)
         check_weights(checkpoint)

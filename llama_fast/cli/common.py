@@ -43,11 +43,13 @@ def add_where(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", choices=backends, default="auto", help="default: %(default)s")
     modes = "mmap shares the files' pages; copy reads them into memory of its own (default: %(default)s)"
     command.add_argument("--load", choices=("mmap", "copy"), default="mmap", help=modes)
+    rounded = "int4 rounds the weights while they are read"
+    command.add_argument("--quantization", choices=("int4",), help=f"{rounded} (default: as they are)")
 
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of LLM that `add_where` and `add_command` made."""
-    return {name: getattr(args, name) for name in ("device", "dtype", "backend", "load", "revision")}
+    return {name: getattr(args, name) for name in ("device", "dtype", "backend", "load", "quantization", "revision")}
 
 
 def add_sampling(command: argparse.ArgumentParser) -> Any:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from llama_fast.ops import select_backend
 
     folder = find_folder(args.model, revision=args.revision)
-    checkpoint = open_checkpoint(folder, dtype=args.dtype, device=args.device)
+    checkpoint = open_checkpoint(folder, dtype=args.dtype, device=args.device, quantization=args.quantization)
     select_backend(args.backend, checkpoint.device, checkpoint.dtype)
     plan = MemoryPlan.of(checkpoint, args.max_batch or DEFAULT_MAX_BATCH, args.max_seq_len)
     print(json.dumps(_as_json(args.model, plan)) if args.json else _table(args.model, plan))

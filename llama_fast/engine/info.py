@@ -21,12 +21,12 @@ from llama_fast.engine.generation_config import FILE_NAME as GENERATION
 from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.errors import ConfigError, LlamaFastError, brief, shown
 from llama_fast.files import read_json_object
-from llama_fast.model.checkpoint import match_tensors
+from llama_fast.model.checkpoint import load_targets, match_tensors
 from llama_fast.model.checkpoint_files import SINGLE_FILE, CheckpointFiles
 from llama_fast.model.checkpoint_index import INDEX_FILE
 from llama_fast.model.llama import LlamaLM
-from llama_fast.model.loading import check_tokenizer, pick_device
-from llama_fast.model.quantization import refuse_quantized
+from llama_fast.model.loading import check_tokenizer, open_checkpoint, pick_device
+from llama_fast.model.quantization import stored_scheme
 from llama_fast.ops import describe_backend
 from llama_fast.tokenizer import LlamaTokenizer
 from llama_fast.tokenizer.chat_template import read_chat_templates
@@ -123,7 +123,7 @@ def _read_config(folder: Path, info: ModelInfo) -> LlamaConfig | None:
     config = None
     try:
         config = LlamaConfig.from_pretrained(folder)
-        refuse_quantized(config, folder)
+        stored_scheme(config, folder)
     except LlamaFastError as error:
         info.problems.append(str(error))
     return config
@@ -270,9 +270,9 @@ def _add_weights(folder: Path, expected: bool, config: LlamaConfig | None, info:
     }
     if config is not None and not info.problems:
         try:
-            with torch.device("meta"):
-                model = LlamaLM(config)
-            match_tensors(model.state_dict(keep_vars=True), files)
+            checkpoint = open_checkpoint(folder, dtype=None, device="cpu")
+            targets, _ = load_targets(checkpoint.empty_model(LlamaLM), files, checkpoint.int4)
+            match_tensors(targets, files)
         except LlamaFastError as error:
             info.problems.append(str(error))
 

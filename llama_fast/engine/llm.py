@@ -23,6 +23,7 @@ from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import check_tokenizer, open_checkpoint, read_model
 from llama_fast.model.progress import ProgressBar
+from llama_fast.model.quantization import Int4Config
 from llama_fast.ops import select_backend
 from llama_fast.tokenizer import LlamaTokenizer
 
@@ -45,6 +46,7 @@ class LLM:
         backend: "auto", "reference", "cpu" or "gpu".
         load: "mmap" shares the weights' pages with their files on the CPU; "copy" reads them into memory of their own,
             so that files may be rewritten while the model runs.
+        quantization: "int4", or an Int4Config, rounds the projections' weights while they are read.
         max_batch, max_seq_len, cache_bytes, page_size, split_size, prefill_chunk, graphs, steps_ahead: see `Engine`.
         revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
@@ -61,6 +63,7 @@ class LLM:
         dtype: str | torch.dtype | None = "auto",
         backend: str = "auto",
         load: str = "mmap",
+        quantization: str | Int4Config | None = None,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_seq_len: int | None = None,
         cache_bytes: int | None = None,
@@ -77,7 +80,7 @@ class LLM:
         folder = find_folder(
             model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
-        checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
+        checkpoint = open_checkpoint(folder, dtype=dtype, device=device, quantization=quantization)
         self.tokenizer = LlamaTokenizer.from_pretrained(folder)
         self.generation_defaults = GenerationDefaults.from_folder(folder)
         self.generation_defaults.check_vocab(checkpoint.config.vocab_size)

@@ -21,7 +21,9 @@ from llama_fast.engine.engine import DEFAULT_PREFILL_CHUNK
 from llama_fast.engine.memory import check_sizes, warn_of_limit
 from llama_fast.engine.prompts import SCORED_ROWS
 from llama_fast.errors import OutOfMemoryError
+from llama_fast.model.int4_modules import int4_linears
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
+from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import Checkpoint
 from llama_fast.model.rope import RotaryEmbedding
 from llama_fast.ops import device_memory
@@ -48,24 +50,49 @@ class Row:
 
 
 def weight_rows(checkpoint: Checkpoint) -> tuple[Row, ...]:
-    """The weights by group, as stored and as loaded."""
+    """The weights by group, as stored and as loaded.
+
+    Raises:
+        ConfigError, CheckpointMismatchError: the int4 projections do not fit the model.
+    """
     config, files, dtype = checkpoint.config, checkpoint.files, checkpoint.dtype
     layers = f"{config.num_hidden_layers} layers"
     stored = dict.fromkeys(("embeddings", layers, "final norm", "head"), 0)
     loaded = dict(stored)
     names = {name.removeprefix("model.") for name in files.shapes}
     tied = config.tie_word_embeddings and "embed_tokens.weight" in names
-    groups = {"embed_tokens.weight": "embeddings", "norm.weight": "final norm"}
-    groups["lm_head.weight"] = "embeddings" if config.tie_word_embeddings and not tied else "head"
+    stands_for_both = "embeddings" if config.tie_word_embeddings and not tied else "head"
+    groups = {"embed_tokens": "embeddings", "norm": "final norm", "lm_head": stands_for_both}
+    int4 = {} if checkpoint.int4 is None else _int4_bytes(checkpoint)
     for name, shape in files.shapes.items():
         base = name.removeprefix("model.")
-        group = groups.get(base, layers)
+        owner = base.rpartition(".")[0]
+        group = groups.get(owner, layers)
         count = torch.Size(shape).numel()
         stored[group] += count * files.dtypes[name].itemsize
-        if not base.endswith("rotary_emb.inv_freq") and not (tied and base == "lm_head.weight"):
+        if owner not in int4 and not base.endswith("rotary_emb.inv_freq") and not (tied and owner == "lm_head"):
             loaded[group] += count * dtype.itemsize
-    notes = {"head": "the embeddings" if config.tie_word_embeddings else ""}
-    return tuple(Row("weights", name, loaded[name], stored[name], notes.get(name, "")) for name in stored)
+    for owner, size in int4.items():
+        loaded["head" if owner == "lm_head" else layers] += size
+    notes = dict.fromkeys(stored, "")
+    notes["head"] = "the embeddings" if config.tie_word_embeddings and "lm_head" not in int4 else ""
+    if int4:
+        notes[layers] = f"{len(int4)} projections of 4-bit integers"
+    return tuple(Row("weights", name, loaded[name], stored[name], notes[name]) for name in stored)
+
+
+def _int4_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of each int4 projection, by its name without the prefix `model.`."""
+
+    def size(parameter: torch.Tensor) -> int:
+        dtype = checkpoint.dtype if parameter.is_floating_point() else parameter.dtype
+        return parameter.numel() * dtype.itemsize
+
+    model = checkpoint.empty_model(LlamaLM)
+    return {
+        name.removeprefix("model."): sum(size(parameter) for parameter in linear.parameters())
+        for name, linear in int4_linears(model)
+    }
 
 
 def step_rows(

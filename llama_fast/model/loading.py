@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 
 from llama_fast.config import LlamaConfig
-from llama_fast.errors import BackendError, CheckpointMismatchError, UnsupportedError, listed, shown
+from llama_fast.errors import BackendError, CheckpointMismatchError, ConfigError, UnsupportedError, listed, shown
 from llama_fast.model.checkpoint import CheckpointFiles, load_weights
+from llama_fast.model.int4_modules import use_int4
 from llama_fast.model.llama import LlamaLM
-from llama_fast.model.quantization import refuse_quantized
+from llama_fast.model.quantization import Int4Config, Int4Scheme, requested, stored_scheme
 from llama_fast.tokenizer import LlamaTokenizer
 
 ModelT = TypeVar("ModelT", bound=LlamaLM)
@@ -59,19 +60,44 @@ def pick_dtype(dtype: str | torch.dtype | None, config: LlamaConfig) -> torch.dt
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder says before a weight is read, and where and in which dtype the model will run."""
+    """What a checkpoint folder says before a weight is read, and where and in which dtype the model will run.
+
+    Attributes:
+        dtype: of activations, and of weights that are not int4.
+        int4: which projections are, or will be; None if none.
+    """
 
     folder: Path
     config: LlamaConfig
     files: CheckpointFiles
     dtype: torch.dtype
     device: torch.device
+    int4: Int4Scheme | None = None
+
+    def empty_model(self, model_class: type[ModelT]) -> ModelT:
+        """`model_class` on the meta device, its int4 projections in place.
+
+        Raises:
+            ConfigError, CheckpointMismatchError: see `use_int4`.
+        """
+        with torch.device("meta"):
+            model = model_class(self.config)
+        if self.int4 is not None:
+            use_int4(model, self.int4)
+        return model
 
 
 def open_checkpoint(
-    folder: Path, *, dtype: str | torch.dtype | None, device: str | int | torch.device | None
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None,
+    device: str | int | torch.device | None,
+    quantization: str | Int4Config | None = None,
 ) -> Checkpoint:
     """Read config.json and the headers of the weights.
+
+    Args:
+        quantization: "int4" or an Int4Config rounds float weights while they are loaded.
 
     Raises:
         ConfigError, CheckpointError: the folder's files are wrong.
@@ -79,7 +105,9 @@ def open_checkpoint(
         BackendError: the device is not there.
     """
     config = LlamaConfig.from_pretrained(folder)
-    refuse_quantized(config, folder)
+    wanted, int4 = requested(quantization), stored_scheme(config, folder)
+    if wanted is not None and int4 is not None:
+        raise ConfigError(f"{int4.where} says that the weights are quantized already; leave quantization out")
     target = pick_device(device)
     files = CheckpointFiles.open(folder)
     picked = pick_dtype(dtype, config)
@@ -87,7 +115,7 @@ def open_checkpoint(
         names = ("embed_tokens.weight", "lm_head.weight")
         stored = {name.removeprefix("model."): dtype for name, dtype in files.dtypes.items()}
         picked = next((stored[name] for name in names if name in stored), torch.float32)
-    return Checkpoint(folder, config, files, picked, target)
+    return Checkpoint(folder, config, files, picked, target, wanted or int4)
 
 
 def read_model(model_class: type[ModelT], checkpoint: Checkpoint, *, load: str = "mmap") -> ModelT:
@@ -100,9 +128,9 @@ def read_model(model_class: type[ModelT], checkpoint: Checkpoint, *, load: str =
         ConfigError, CheckpointError: the files do not fit the model, or `load` is neither.
         OutOfMemoryError: the device ran out of memory.
     """
-    with torch.device("meta"):
-        model = model_class(checkpoint.config)
-    load_weights(model, checkpoint.files, dtype=checkpoint.dtype, device=checkpoint.device, load=load)
+    model = checkpoint.empty_model(model_class)
+    places = {"dtype": checkpoint.dtype, "device": checkpoint.device}
+    load_weights(model, checkpoint.files, load=load, int4=checkpoint.int4, **places)
     return model.eval()
 
 
@@ -113,9 +141,11 @@ def load_model(
     dtype: str | torch.dtype | None,
     device: str | int | torch.device | None,
     load: str = "mmap",
+    quantization: str | Int4Config | None = None,
 ) -> ModelT:
     """`open_checkpoint`, then `read_model`."""
-    return read_model(model_class, open_checkpoint(folder, dtype=dtype, device=device), load=load)
+    checkpoint = open_checkpoint(folder, dtype=dtype, device=device, quantization=quantization)
+    return read_model(model_class, checkpoint, load=load)
 
 
 def check_tokenizer(tokenizer: LlamaTokenizer, config: LlamaConfig, folder: Path) -> None:

@@ -242,7 +242,7 @@ def test_an_empty_folder(tmp_path):
         ("config.json", json.dumps({**TINY, "hidden_size": 65}), "hidden_size=65"),
         ("config.json", json.dumps({**TINY, "model_type": "phi3"}), "model_type='phi3'"),
         ("config.json", json.dumps({**TINY, "quantization_config": {"quant_method": "gptq", "bits": 3}}), "bits=3"),
-        ("quantize_config.json", '{"bits": 4, "group_size": 128}', "quantize_config.json has quant_method='gptq'"),
+        ("quantize_config.json", '{"bits": 3, "group_size": 128}', "quantize_config.json has quant_method='gptq'"),
         ("generation_config.json", '{"num_beams": 4}', "num_beams=4"),
         ("generation_config.json", '{"eos_token_id": 300}', "eos_token_id=300"),
         ("tokenizer.json", "[", "tokenizer.json"),

@@ -519,7 +519,7 @@ def test_a_tensor_stored_under_both_prefixes_is_refused(tmp_path, state):
 def test_quantized_checkpoints_are_refused(tmp_path, state, suffix):
     stored = dict(state)
     stored[f"model.layers.0.mlp.up_proj.{suffix}"] = stored.pop("model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(CheckpointMismatchError, match="quantized checkpoint, which is not supported"):
+    with pytest.raises(CheckpointMismatchError, match="quantized weights that config.json"):
         load_weights(meta(), write(tmp_path, stored))
 
 
