@@ -131,6 +131,7 @@ class Gptq:
     Attributes:
         version: of the zeros, qzeros int32 [groups, out / 8]: 1 stores each minus 1, 2 as it is.
         symmetric: config.json's `sym`.
+        optional: without "g_idx" where the inputs may be in another order than that of the groups (`desc_act`).
 
     Source: https://github.com/AutoGPTQ/AutoGPTQ and https://github.com/ModelCloud/GPTQModel, their QuantLinear.
     """
@@ -207,6 +208,9 @@ class CompressedTensors:
     weight_zero_point, of asymmetric weights, is int32 [out / 8, groups], nibble i of row r that of output 8 r + i;
     before version 0.9.4 int8 [out, groups], counted from -8.
 
+    Attributes:
+        optional: without "weight_g_idx" where the inputs may be in another order than that of the groups (`actorder`).
+
     Source: https://github.com/vllm-project/compressed-tensors, PackedQuantizationCompressor.
     """
 
@@ -234,8 +238,8 @@ class CompressedTensors:
             raise CheckpointMismatchError(
                 f"{where}.weight_shape is {shape}; the model has {[linear.out_features, linear.in_features]}"
             )
-        # One -1 means that the others are not filled in either.
-        if "weight_g_idx" in stored and not bool((stored["weight_g_idx"] == -1).any()):
+        # -1 throughout: never filled in, since nothing was reordered.
+        if "weight_g_idx" in stored and not bool((stored["weight_g_idx"] == -1).all()):
             _check_groups(f"{where}.weight_g_idx", stored["weight_g_idx"], linear)
         zeros = None
         if not self.symmetric:

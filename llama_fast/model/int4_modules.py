@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama_fast.errors import CheckpointMismatchError, ConfigError, listed
 from llama_fast.model.llama import Linear, LlamaLM
@@ -47,6 +47,25 @@ def int4_linears(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             yield name, module
+
+
+def int4_module(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Int4Linear:
+    """An `Int4Linear` of these parameters; shapes and dtypes as there."""
+    out_features, groups = scales.shape
+    in_features = words.shape[1] * 8
+    with torch.device("meta"):
+        module = Int4Linear(
+            in_features,
+            out_features,
+            group_size=in_features // groups,
+            symmetric=zeros is None,
+            bias=bias is not None,
+        )
+    given = {"weight_packed": words, "weight_scale": scales, "weight_zero_point": zeros, "bias": bias}
+    for name, value in given.items():
+        if value is not None:
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return module
 
 
 def _check_together(scheme: Int4Scheme, layouts: dict[str, Layout | None]) -> None:

@@ -148,7 +148,8 @@ def _plain_fit(chunk: Tensor, symmetric: bool, dtype: torch.dtype, share: float)
         scale = _stored(torch.maximum(high / 7, -low / 8) * share, dtype)
         return scale, torch.full_like(scale, SYMMETRIC_ZERO)
     low, high = low.clamp(max=0) * share, high.clamp(min=0) * share
-    scale = _stored((high - low) / _LARGEST, dtype)
+    # Not (high - low): that may be infinite.
+    scale = _stored(high / _LARGEST - low / _LARGEST, dtype)
     return scale, (-low / scale).round_().clamp_(0, _LARGEST)
 
 

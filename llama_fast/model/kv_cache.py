@@ -47,6 +47,7 @@ class PagedKVCache:
         page_size: slots in a page.
         split_size: slots whose softmax is summed together; a multiple of page_size.
         dtype, device: of the pool.
+        num_layers: where it is not the model's: one is enough for whole sequences, layer after layer.
 
     Raises:
         RequestError: a size is not positive, or split_size is not a multiple of page_size.
@@ -62,6 +63,7 @@ class PagedKVCache:
         split_size: int = SPLIT_SIZE,
         dtype: torch.dtype,
         device: torch.device,
+        num_layers: int | None = None,
     ) -> None:
         if page_size < 1 or split_size < 1 or split_size % page_size:
             raise RequestError(f"split_size={split_size} must be a positive multiple of page_size={page_size}")
@@ -77,7 +79,8 @@ class PagedKVCache:
         self._pool_of_layers: Tensor | None = None
         # Uninitialised: memory is touched as pages are used, and attention never reads a slot that was not written.
         # Never in inference mode: the pool outlives the call that makes it.
-        shape = (config.num_hidden_layers, 2, num_pages + 1, config.num_key_value_heads, page_size, config.head_dim)
+        layers = config.num_hidden_layers if num_layers is None else num_layers
+        shape = (layers, 2, num_pages + 1, config.num_key_value_heads, page_size, config.head_dim)
         with torch.inference_mode(False):
             try:
                 self.pool = torch.empty(shape, dtype=dtype, device=device)

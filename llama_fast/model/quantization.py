@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +134,8 @@ def stored_scheme(config: LlamaConfig, folder: Path) -> Int4Scheme | None:
                 content = content.to_dict()
             if not isinstance(content, Mapping):
                 raise ConfigError(f"{path}: {name}={brief(content)}; use an object with quant_method, or null")
+            if name == "compression_config" and isinstance(content.get("quantization_config"), Mapping):
+                content = {"quant_method": "compressed-tensors", **content, **content["quantization_config"]}
             return _scheme_of(f"{path}: {name}", content)
     for name, method in SIDE_FILES.items():
         path = Path(folder) / name
@@ -226,8 +228,8 @@ def layout(where: str, name: str, in_features: int, group_size: int, symmetric: 
     if group_size == -1:
         if in_features not in GROUP_SIZES:
             raise UnsupportedError(
-                f"{where} has group_size=-1, one group of the {in_features} inputs of {name}: supported are "
-                f"{_listed(GROUP_SIZES)}"
+                f"{where} has one group (group_size=-1, or strategy 'channel') of the {in_features} inputs of {name}: "
+                f"supported are groups of {_listed(GROUP_SIZES)}"
             )
         group_size = in_features
     if in_features % group_size:
@@ -251,7 +253,7 @@ def _gptq(where: str, content: Mapping[str, Any]) -> Int4Scheme:
     if content.get("pack_dtype") not in (None, "int32", "torch.int32"):
         raise fields.refuse("pack_dtype", "'int32'")
     group_size, symmetric = fields.group_size("group_size", "q_group_size"), fields.flag("sym", True)
-    fields.flag("desc_act", False)  # g_idx says what it did
+    ordered = fields.flag("desc_act", False)
     head = fields.flag(_HEAD, False)
     inside = content.get("modules_in_block_to_quantize")
     only = [name for names in inside for name in names] if _is_lists_of_names(inside) else None
@@ -262,7 +264,9 @@ def _gptq(where: str, content: Mapping[str, Any]) -> Int4Scheme:
         wanted = head if name == _HEAD else only is None or any(names_part(name, part) for part in only)
         return layout(where, name, in_features, group_size, symmetric) if wanted else None
 
-    form = Gptq(2 if kinds == {"gptq_v2"} else 1, symmetric)
+    # What the order is, only g_idx tells.
+    optional = ("bias",) if ordered else ("g_idx", "bias")
+    form = Gptq(2 if kinds == {"gptq_v2"} else 1, symmetric, optional)
     return Int4Scheme(where, layout_of, lambda _: form)
 
 
@@ -299,12 +303,10 @@ class _Group:
     targets: list[str]
     group_size: int
     symmetric: bool
-    patterns: dict[str, re.Pattern[str]] = field(default_factory=dict)
+    ordered: bool  # inputs may be in another order than that of the groups
 
 
 def _compressed_tensors(where: str, content: Mapping[str, Any]) -> Int4Scheme:
-    if isinstance(content.get("quantization_config"), Mapping):  # the older, nested form
-        content = {**content, **content["quantization_config"]}
     fields = _Fields(where, content)
     fields.nothing("kv_cache_scheme", "transform_config", "moe_sparsity_config")
     sparsity = content.get("sparsity_config")
@@ -331,7 +333,8 @@ def _compressed_tensors(where: str, content: Mapping[str, Any]) -> Int4Scheme:
                     return layout(where, name, in_features, group.group_size, group.symmetric)
         return None
 
-    return Int4Scheme(where, layout_of, lambda layout: CompressedTensors(layout.symmetric))
+    optional = () if any(group.ordered for group in groups) else ("weight_g_idx",)
+    return Int4Scheme(where, layout_of, lambda layout: CompressedTensors(layout.symmetric, optional))
 
 
 def _group(where: str, value: Any) -> _Group:
@@ -347,7 +350,11 @@ def _group(where: str, value: Any) -> _Group:
             raise fields.refuse(name, repr(values[0]))
     fields.nothing("dynamic", "block_structure")
     size = -1 if fields.content.get("strategy") == "channel" else fields.group_size("group_size")
-    return _Group(outer.words("targets"), size, fields.flag("symmetric", True))
+    order = fields.content.get("actorder")
+    if order not in (None, False, True, "group", "dynamic", "weight", "static"):
+        raise fields.refuse("actorder", "null, 'weight' or 'static'")
+    ordered = order in (True, "group", "dynamic")
+    return _Group(outer.words("targets"), size, fields.flag("symmetric", True), ordered)
 
 
 class _Matcher:

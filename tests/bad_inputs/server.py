@@ -26,7 +26,16 @@ from llama_fast.ops.native import native
 from tests.bad_inputs import harness
 
 KERNEL_MODULES = ("f_kernels",)
-MODULES = ("a_config", "b_safetensors", "c_index", "d_tokenizer", "e_templates", "g_generation", "h_cache")
+MODULES = (
+    "a_config",
+    "b_safetensors",
+    "c_index",
+    "d_tokenizer",
+    "e_templates",
+    "g_generation",
+    "h_cache",
+    "i_quantized",
+)
 # Not where the native kernels were not built.
 NATIVE_MODULES = ("f_cpu",) if native()[0] is not None else ()
 # Wall clock of an entry, a multiple of the second that a refusal may take: several are tried in one entry.

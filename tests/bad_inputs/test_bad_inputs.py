@@ -12,7 +12,7 @@ import pytest
 from tests.bad_inputs.server import KERNEL_MODULES, MODULES, NATIVE_MODULES, entries
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = {"A": 18, "B": 20, "C": 10, "D": 9, "G": 12}
+GROUPS = {"A": 18, "B": 20, "C": 10, "D": 9, "G": 12, "I": 9}
 IDS = {f"{group}{number:02}" for group, last in GROUPS.items() for number in range(1, last + 1)}
 IDS |= {f"E{number:02}" for number in (1, 2, 3, 4, 6, 7, 8, 9)} | {"H01", "H03", "H04"}
 KERNEL_IDS = {f"F{number:02}" for number in (1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 15)}

@@ -38,7 +38,7 @@ def test_error_is_what_it_says_and_below_absmax(dtype, symmetric, group_size):
 
 def test_the_search_is_near_the_best_there_is():
     weight = torch.randn(40, 128)
-    rounded, error = round_weight(weight, 128, True, torch.float32)
+    _, error = round_weight(weight, 128, True, torch.float32)
     best = torch.full((40,), torch.inf)
     for share in torch.linspace(0.3, 1.2, 1000):
         scale = weight.abs().amax(1, keepdim=True) / 8 * share

@@ -1,0 +1,185 @@
+"""Rounding to 4 bits that knows a text: GPTQ, layer by layer.
+
+A projection's outputs matter, not its weights. Over the text's inputs x the squared error of an output is
+(w - q) H (w - q)' with H = sum of x x'. Columns are rounded one after the other, those that matter most first (the
+largest diagonal of H), and what rounding one changed is made up for by those that are not rounded yet. Scales are those
+of plain rounding with each input weighed by its mean square; they are fixed before, so that groups keep their inputs.
+
+Each layer sees what the rounded layers before it give, and its four inputs as it computed them before it was rounded.
+Source  GPTQ, arXiv:2210.17323 (its equations 2 and 3 in blocks of columns, by the Cholesky factor of the inverse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.model.int4_modules import int4_module
+from llama_fast.model.int4_rounding import fit_groups
+from llama_fast.model.llama import DecoderLayer, LlamaLM, Norm
+from llama_fast.model.progress import ProgressBar
+from llama_fast.model.quantization import Int4Scheme, Layout
+from llama_fast.model.sequences import Sequences
+from llama_fast.ops.int4 import Int4Linear, Int4Weight, pack_rows
+
+# Columns whose corrections are gathered before the rest of the weight gets them.
+_BLOCK = 128
+# Added to the diagonal of H, relative to its mean; more where the factor does not exist.
+_DAMPING = (0.01, 0.1, 1.0)
+
+
+@torch.no_grad()
+def calibrate(
+    model: LlamaLM,
+    scheme: Int4Scheme,
+    ops: ModuleType,
+    windows: Sequence[Sequence[int]],
+    *,
+    show_progress: bool | None = False,
+) -> None:
+    """Round the projections that `scheme` names, in place.
+
+    Args:
+        model: with float weights, which are not changed; `Int4Linear`s take the modules' places.
+        ops: the backend that runs it.
+        windows: token ids of pieces of the text.
+        show_progress: a bar over the layers; None shows it on a terminal.
+
+    Raises:
+        ConfigError: a group size does not fit.
+    """
+    model.prepare(ops)
+    sequences = Sequences(model, ops, windows)
+    hidden_states = sequences.embedded()
+    layers = [cast(DecoderLayer, layer) for layer in model.model.layers]
+    disable = None if show_progress is None else not show_progress
+    for index, layer in enumerate(ProgressBar(layers, "calibrating", unit="layer", disable=disable)):
+        grams = _Grams(ops)
+        sequences.layer(layer, hidden_states, grams)
+        for name, gram in grams.by_projection(layer):
+            linear: nn.Linear = layer.get_submodule(name)  # type: ignore[assignment]
+            layout = scheme.layout_of(f"model.layers.{index}.{name}", linear.in_features)
+            if layout is not None:
+                _replace(layer, name, _rounded(linear, layout, gram, model.dtype))
+        layer.prepare(ops)
+        hidden_states = sequences.layer(layer, hidden_states)
+    layout = scheme.layout_of("lm_head", model.lm_head.in_features)
+    if layout is not None:
+        norm = model.model.norm.prepare()
+        gram = _gram(ops.rms_norm(hidden_states, norm.weight, norm.eps))
+        model.lm_head = _rounded(model.lm_head, layout, gram, model.dtype)  # type: ignore[assignment]
+    model.refresh()
+
+
+class _Grams:
+    """A backend that notes the Gram matrix, fp32 [in_features, in_features], of each projection's input."""
+
+    def __init__(self, ops: ModuleType) -> None:
+        self._ops = ops
+        self._of_weight: dict[int, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def norm_qkv_rope_cache(self, x: Tensor, norm: Norm, qkv: Any, *args: Any) -> Tensor:
+        self._of_weight[id(qkv)] = _gram(self._ops.rms_norm(x, norm.weight, norm.eps))
+        return self._ops.norm_qkv_rope_cache(x, norm, qkv, *args)
+
+    def norm_gate_up_act(self, x: Tensor, norm: Norm, gate_up: Any, *args: Any) -> Tensor:
+        self._of_weight[id(gate_up)] = _gram(self._ops.rms_norm(x, norm.weight, norm.eps))
+        return self._ops.norm_gate_up_act(x, norm, gate_up, *args)
+
+    def linear_residual(self, x: Tensor, weight: Any, *args: Any) -> Tensor:
+        self._of_weight[id(weight)] = _gram(x)
+        return self._ops.linear_residual(x, weight, *args)
+
+    def by_projection(self, layer: DecoderLayer) -> list[tuple[str, Tensor]]:
+        """Each projection's name in the layer, and its input's matrix."""
+        weights = {
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): layer.qkv_proj,
+            ("self_attn.o_proj",): layer.o_proj,
+            ("mlp.gate_proj", "mlp.up_proj"): layer.gate_up_proj,
+            ("mlp.down_proj",): layer.down_proj,
+        }
+        return [(name, self._of_weight[id(weight)]) for names, weight in weights.items() for name in names]
+
+
+def _gram(x: Tensor) -> Tensor:
+    total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    for rows in x.split(4096):
+        wide = rows.float()
+        total.addmm_(wide.t(), wide)
+    return total
+
+
+def _replace(layer: DecoderLayer, name: str, linear: Int4Linear) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(parent), last, linear)
+
+
+def _rounded(linear: nn.Linear, layout: Layout, gram: Tensor, dtype: torch.dtype) -> Int4Linear:
+    weight = gptq(linear.weight, gram, layout, dtype)
+    bias = None if linear.bias is None else linear.bias.data
+    return int4_module(pack_rows(weight.values), weight.scales, weight.zeros, bias)
+
+
+def gptq(weight: Tensor, gram: Tensor, layout: Layout, dtype: torch.dtype) -> Int4Weight:
+    """Round a weight for the inputs that a Gram matrix tells of.
+
+    Args:
+        weight: [out_features, in_features].
+        gram: fp32 [in_features, in_features], the sum of x x' over inputs x.
+        dtype: of the scales.
+    """
+    out_features, in_features = weight.shape
+    rest = weight.float().clone()
+    importance = (gram.diagonal() / gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-6)
+    groups = rest.unflatten(1, (-1, layout.group_size))
+    scale, zero = _fit(groups, layout, dtype, importance)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(gram[order][:, order])
+    rest = rest[:, order]
+    scale_of, zero_of = (t.repeat_interleave(layout.group_size, 1)[:, order] for t in (scale, zero))
+    values = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    for start in range(0, in_features, _BLOCK):
+        stop = min(start + _BLOCK, in_features)
+        block, errors = rest[:, start:stop], torch.empty(out_features, stop - start, device=weight.device)
+        for place in range(stop - start):
+            column = start + place
+            w, s, z = block[:, place], scale_of[:, column], zero_of[:, column]
+            q = (w / s + z).round_().clamp_(0, 15)
+            values[:, column] = q.to(torch.uint8)
+            error = (w - (q - z) * s) / factor[column, column]
+            block[:, place:] -= error[:, None] * factor[column, column:stop]
+            errors[:, place] = error
+        rest[:, stop:] -= errors @ factor[start:stop, stop:]
+    restored = torch.empty_like(values)
+    restored[:, order] = values
+    zeros = None if layout.symmetric else zero.to(torch.uint8)
+    return Int4Weight(restored, scale.to(dtype), zeros, None)
+
+
+def _fit(groups: Tensor, layout: Layout, dtype: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """fit_groups, some rows at a time."""
+    weighed = importance.view(-1, layout.group_size)
+    parts = [fit_groups(rows, layout.symmetric, dtype, weighed) for rows in groups.split(64)]
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper U with U' U = the inverse of `gram`, whose diagonal is raised for it."""
+    diagonal = gram.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    for damping in _DAMPING:
+        raised = gram + torch.diag(torch.full_like(diagonal, damping) * mean)
+        lower, failed = torch.linalg.cholesky_ex(raised)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(factor.isfinite().all()):
+            return factor
+    # Inputs of NaN, or none at all: each column for itself.
+    return torch.eye(gram.shape[0], device=gram.device)
