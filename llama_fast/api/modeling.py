@@ -17,13 +17,13 @@ from llama_fast.api.outputs import CausalLMOutputWithPast
 from llama_fast.api.quantization import one_quantization
 from llama_fast.engine.plan import check_weights
 from llama_fast.engine.sampling import GenerationDefaults
-from llama_fast.errors import CheckpointIOError, RequestError, UnsupportedError
+from llama_fast.errors import RequestError, UnsupportedError
 from llama_fast.hub import find_folder
 from llama_fast.model.batch import Batch
-from llama_fast.model.checkpoint import save_weights
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.loading import open_checkpoint, read_model
 from llama_fast.model.quantization import Int4Config
+from llama_fast.model.saving import default_canary, save_model
 from llama_fast.ops import reference, select_backend
 from llama_fast.ops.replay import on_device
 from llama_fast.ops.rows import needs_grad
@@ -97,23 +97,16 @@ class LlamaForCausalLM(GeneratingLM):
         """Write the weights, as safetensors shards of `max_shard_size`, config.json and generation_config.json.
 
         Each file is whole at any time, and the weights change all at once (see `save_weights`); the two small files
-        follow at once.
+        follow at once. int4 weights are written as compressed-tensors' "pack-quantized" files, with a canary.
 
         Raises:
             ConfigError: the configuration cannot be written, or `max_shard_size` is no size; nothing is written then.
+            UnsupportedError: int4 zeros that the format cannot hold.
             CheckpointIOError: a file cannot be written.
         """
         folder = Path(save_directory)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointIOError(f"{folder}: no folder can be made there: {error.strerror}") from error
-        self.config.dtype = self.dtype
-        self.config.architectures = ["LlamaForCausalLM"]  # not a subclass's name, which no reader knows
-        self.config.validate()
-        self.config.to_json_string()  # raises before the weights are written, if at all
-        save_weights(self, folder, max_shard_size=max_shard_size)
-        self.config.save_pretrained(folder)
+        canary = default_canary(self, select_backend(self.backend, self.device, self.dtype))
+        save_model(self, folder, max_shard_size=max_shard_size, canary=canary)
         self.generation_defaults.save(folder)
 
     def forward(

@@ -38,7 +38,9 @@ def add(commands: Any) -> None:
     command.set_defaults(run=run)
     command.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id owner/name")
     command.add_argument(
-        "--verify", action="store_true", help="read every weight: search for NaN and infinity, compare known sha256"
+        "--verify",
+        action="store_true",
+        help="read every weight: search for NaN and infinity, compare known sha256, replay the canary of int4 weights",
     )
 
 
@@ -81,6 +83,8 @@ def _table(model: str, info: ModelInfo, report: VerifyReport | None) -> str:
         lines += ["", "without effect", *(_wrapped(line) for line in info.ignored)]
     if report is not None:
         lines += ["", f"verified: {report.num_tensors:,} tensors, {report.checked_sha256} files against their sha256"]
+        if report.canary_deviation is not None:
+            lines.append(f"canary: replayed, off by {report.canary_deviation:.3g} at most")
         lines += [_wrapped(problem) for problem in report.problems] or ["  no problems"]
     if info.problems:
         lines += ["", *(f"cannot be loaded: {problem}" for problem in info.problems)]

@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,15 +17,23 @@ from llama_fast.errors import CheckpointIOError, ConfigError
 from llama_fast.files import written_whole
 from llama_fast.model.checkpoint_files import SHARD_NAME, SINGLE_FILE
 from llama_fast.model.checkpoint_index import INDEX_FILE
+from llama_fast.model.int4_formats import CompressedTensors
+from llama_fast.model.int4_modules import int4_linears
 
 _OWN_FILES = re.compile(rf"({SHARD_NAME.pattern}|{re.escape(SINGLE_FILE)}|{re.escape(INDEX_FILE)})(\.tmp)?")
 
 
-def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str = "5GB") -> list[Path]:
+def save_weights(
+    module: nn.Module,
+    folder: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> list[Path]:
     """Write the parameters of `module` as transformers does: `model.safetensors`, or shards and their index.
 
-    Tied parameters are stored once, under their first name. A module may be saved over the checkpoint it is mapped
-    from: the mapping keeps the old file's bytes.
+    Tied parameters are stored once, under their first name; int4 projections as compressed-tensors does. A module may
+    be saved over the checkpoint it is mapped from: the mapping keeps the old file's bytes.
 
     At every moment the folder holds the old checkpoint or the new one, whole, whatever ends the save: an error, Ctrl-C
     or a kill, though not a power cut, since nothing is flushed to the disk. Shards get names that no file of the folder
@@ -36,12 +46,14 @@ def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str =
     Args:
         max_shard_size: most bytes of tensors in one file, as an int or "5GB", "200MB"; a larger tensor gets a file
             of its own.
+        metadata: further texts for the header of the first file.
 
     Returns:
         The files written, the index last.
 
     Raises:
         ConfigError: `max_shard_size` is not a positive size.
+        UnsupportedError: zeros of 16 in an int4 projection, see `CompressedTensors.write`.
         CheckpointIOError: a file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -49,6 +61,12 @@ def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str =
     for name, parameter in module.state_dict(keep_vars=True).items():
         if names.setdefault(id(parameter), name) == name:
             tensors[name] = parameter.detach()
+    for name, linear in int4_linears(module):
+        for suffix in ("weight_packed", "weight_scale", "weight_zero_point"):
+            tensors.pop(f"{name}.{suffix}", None)
+        symmetric = linear.weight_zero_point is None
+        for suffix, tensor in CompressedTensors(symmetric).write(name, linear).items():
+            tensors[f"{name}.{suffix}"] = tensor
     shards, index = _split(tensors, folder, max_shard_size)
 
     written: list[Path] = []
@@ -61,7 +79,7 @@ def save_weights(module: nn.Module, folder: Path, *, max_shard_size: int | str =
             if index is not None:
                 unlisted.append(path)
             with written_whole(path) as temporary:
-                save_file(shard, temporary, metadata={"format": "pt"})
+                save_file(shard, temporary, metadata={"format": "pt", **({} if written else metadata)})
             written.append(path)
         if index is not None:
             with written_whole(folder / INDEX_FILE) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,3 +96,44 @@ def _replace(model: LlamaLM, name: str, layout: Layout) -> None:
             bias=linear.bias is not None,
         )
     setattr(owner, last, int4)
+
+
+def quantization_config(model: LlamaLM) -> dict[str, Any] | None:
+    """config.json's `quantization_config` for what `save_weights` writes of `model`; None without int4 projections.
+
+    Source: what llm-compressor writes for compressed-tensors' "pack-quantized".
+    """
+    found: dict[Layout, list[str]] = {}
+    for name, linear in int4_linears(model):
+        found.setdefault(Layout(linear.group_size, linear.weight_zero_point is None), []).append(name)
+    if not found:
+        return None
+    groups = {}
+    for index, (layout, names) in enumerate(found.items()):
+        weights = {
+            "actorder": None,
+            "block_structure": None,
+            "dynamic": False,
+            "group_size": layout.group_size,
+            "num_bits": 4,
+            "observer": "minmax",
+            "observer_kwargs": {},
+            "strategy": "group",
+            "symmetric": layout.symmetric,
+            "type": "int",
+        }
+        groups[f"group_{index}"] = {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"] if len(found) == 1 else names,
+            "weights": weights,
+        }
+    return {
+        "config_groups": groups,
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": [name for name, _ in linears(model)],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }

@@ -1,6 +1,7 @@
-"""Every tensor of a checkpoint read, and its files compared with the sha256 that are known of them.
+"""Every tensor of a checkpoint read, its files compared with the sha256 known of them, and a canary replayed.
 
-Loading sees headers and names; this sees a flipped bit, a shard of another model with the same shapes, NaN.
+Loading sees headers and names; this sees a flipped bit, a shard of another model with the same shapes, NaN. Files of
+int4 weights that this library wrote carry a canary (canary.py), which shows whether they mean here what they meant.
 Known are the digests in a file SHA256SUMS in the folder, as `sha256sum *.safetensors > SHA256SUMS` writes it, and those
 by which the hub's cache names its files.
 """
@@ -13,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from llama_fast.errors import CheckpointFormatError, CheckpointIOError, shown
 from llama_fast.files import read_file
+from llama_fast.model.canary import KEY, Canary, CanaryResult, replay
 from llama_fast.model.checkpoint_files import CheckpointFiles
 from llama_fast.model.checkpoint_index import plain_path
+from llama_fast.model.llama import LlamaLM
+from llama_fast.model.loading import load_model
 from llama_fast.model.progress import ProgressBar
+from llama_fast.ops import select_backend
 
 MANIFEST = "SHA256SUMS"
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -34,6 +40,7 @@ class VerifyReport:
     num_tensors: int
     num_bytes: int  # of the tensors
     checked_sha256: int  # files whose digest was compared; 0 where none is known
+    canary_deviation: float | None = None  # the largest of a layer from what the file's canary says; None without one
 
 
 def verify_checkpoint(folder: Path, *, show_progress: bool | None = None) -> VerifyReport:
@@ -48,6 +55,7 @@ def verify_checkpoint(folder: Path, *, show_progress: bool | None = None) -> Ver
     Raises:
         CheckpointError: the folder cannot be loaded either, see `CheckpointFiles.open`; or SHA256SUMS is malformed, or
             lists what is no file of the folder.
+        CheckpointFormatError: a canary that cannot be read, or of another model.
     """
     files = CheckpointFiles.open(folder)
     digests = [*_listed_digests(folder), *_hub_digests(files.paths)]
@@ -68,7 +76,30 @@ def verify_checkpoint(folder: Path, *, show_progress: bool | None = None) -> Ver
         for name in files.shapes:
             problems += _values(files, name, bar)
     files.check_unchanged()
-    return VerifyReport(problems, len(files.shapes), files.total_bytes, len(actual))
+    deviation = None
+    # Wrong numbers need no proof by a canary, and might not load.
+    if not problems and (found := _canary(files)) is not None:
+        result = _replay(folder, *found)
+        deviation = max([*result.deviations, result.logits_deviation])
+        problems += [f"canary: {result.problem}"] if result.problem else []
+    return VerifyReport(problems, len(files.shapes), files.total_bytes, len(actual), deviation)
+
+
+def _canary(files: CheckpointFiles) -> tuple[Canary, str] | None:
+    """The first one that a file carries, and its name."""
+    for path in files.paths:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+        if text is not None:
+            return Canary.from_json(text, str(path)), str(path)
+    return None
+
+
+def _replay(folder: Path, canary: Canary, where: str) -> CanaryResult:
+    model = load_model(LlamaLM, folder, dtype=None, device=None)
+    ops = select_backend("auto", model.device, model.dtype)
+    model.prepare(ops)
+    return replay(canary, model, ops, where)
 
 
 def _listed_digests(folder: Path) -> Iterator[tuple[Path, str, str]]:
