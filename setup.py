@@ -32,7 +32,7 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glo
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-uninitialized -pthread"
 
 
-CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/linear.cu"]
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/int4_linear.cu"]
 CUDA_HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.h"))
 # Ampere, Ada, Hopper and Blackwell; PTX of the last serves what comes later.
 CUDA_ARCHS = "80,89,90,100"

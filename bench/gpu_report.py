@@ -23,7 +23,8 @@ DIR/report.json, written anew after every section:
                        kernel_tests  kernels {kernel: {passed, failed, skipped, left_out, failing [{test, why}]}}
                        kernel_times  kernels: what bench_kernels.py writes; refused {kernel: why}
                        extension     all_passed, entry: for llama_fast/ops/cuda_checked.json
-                       extension_times  rows [{model, op, rows, bound_us, us, triton_us, cublas_us, share}]
+                       extension_times  rows [{model, op, rows, bound_us, us, share, triton_us, and at some rows bf16_us
+                                     (Triton's linear) and torch_us (its int4 product)}]
                        model_1b, model_8b  ready_s (capture_s of it), first_ready_s, stats, steps [{model, kind, batch,
                                      context, variant, num_bytes, flops, bound_ms, ms, share}]; variant: null, or what
                                      else the engine ran on
@@ -87,13 +88,13 @@ SECTIONS = (
     SectionPlan("compile", "build", "gpu_report_compile:compile_models", 60, 10),
     SectionPlan("ceilings", "ceilings", "gpu_report_times:ceilings", 30, 8),
     SectionPlan("rows", "checks", "gpu_report_bits:rows", 40, 8, runs_without_gpu=True, interpreted=True),
-    SectionPlan("extension", "checks", "gpu_report_extension:checks", 30, 8, extension="on"),
+    SectionPlan("extension", "checks", "gpu_report_extension:checks", 40, 8, extension="on"),
     SectionPlan("graphs", "checks", "gpu_report_engine:graphs", 50, 15, extension="checked"),
     SectionPlan("kernel_tests", "checks", "gpu_report_checks:kernel_tests", 110, 30),
     SectionPlan("roles", "checks", "gpu_report_bits:roles", 15, 6, extension="on"),
     SectionPlan("repeats", "checks", "gpu_report_bits:repeats", 20, 6),
     SectionPlan("kernel_times", "timing", "gpu_report_times:kernel_times", 70, 15, runs_without_gpu=True),
-    SectionPlan("extension_times", "timing", "gpu_report_extension:times", 20, 6, extension="on"),
+    SectionPlan("extension_times", "timing", "gpu_report_extension:times", 30, 6, extension="on"),
     SectionPlan("model_8b", "timing", "gpu_report_models:model_8b", 75, 45, "checked", runs_without_gpu=True),
     SectionPlan("model_1b", "timing", "gpu_report_models:model_1b", 45, 20, "checked", runs_without_gpu=True),
     SectionPlan("starts", "timing", "gpu_report_start:starts", 75, 45, extension="checked"),

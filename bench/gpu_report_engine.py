@@ -16,6 +16,7 @@ from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.model.llama import LlamaLM
+from llama_fast.ops.int4 import Int4Linear
 
 SHAPE_OF = {"1b": "llama-3.2-1b", "8b": "llama-3.1-8b"}
 # Widths of a real model, but few layers: bits depend on widths.
@@ -50,6 +51,23 @@ def empty_model(name: str) -> LlamaLM:
 def random_model(name: str, **changes: Any) -> LlamaLM:
     """On the GPU, weights drawn there."""
     model: LlamaLM = build_model(config_of(name, **changes), torch.device("cuda"), torch.bfloat16, _SEED)
+    return model
+
+
+def quantize(model: LlamaLM, group_size: int = 128) -> LlamaLM:
+    """The model, its projections replaced by random ones of 4 bits on the same device; the head stays."""
+    for layer in model.model.layers:
+        for owner in (layer.self_attn, layer.mlp):
+            for name, linear in list(owner.named_children()):
+                outs, ins = linear.weight.shape
+                with torch.device("meta"):
+                    part = Int4Linear(ins, outs, group_size=group_size).to(linear.weight.dtype)
+                setattr(owner, name, part.to_empty(device=linear.weight.device))
+                if linear.weight.device.type != "meta":
+                    part.weight_packed.data.random_(-(2**31), 2**31)
+                    # Integers from -8 to 7 have a spread of about 4.6; that of the weights as it was.
+                    part.weight_scale.data.fill_(model.config.initializer_range / 4.6)
+    model.refresh()
     return model
 
 
@@ -120,7 +138,7 @@ def graphs(section: Section) -> None:
     if not has_gpu():
         raise NotHere("no GPU")
     order = list(range(len(_SPECS)))
-    for name in ["8b"] if section.quick else ["8b", "1b"]:
+    for name in ["8b"] if section.quick else ["8b", "1b", "1b int4"]:
         if not section.has(10, f"the engine of {name}"):
             return
         if not section.attempt("an engine runs", f"engine {name}", lambda name=name: _graphs_of(section, name, order)):
@@ -130,7 +148,9 @@ def graphs(section: Section) -> None:
 
 def _graphs_of(section: Section, name: str, order: list[int]) -> None:
     """The checks of one model."""
-    subject, model = f"engine {name}", random_model(name, num_hidden_layers=_LAYERS)
+    subject, model = f"engine {name}", random_model(name.removesuffix(" int4"), num_hidden_layers=_LAYERS)
+    if name.endswith(" int4"):
+        quantize(model)
     sizes = {"max_batch": 4, "max_seq_len": _LONGEST}
     captured = make_engine(model, **sizes)
     make_ready(captured)

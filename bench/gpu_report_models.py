@@ -17,6 +17,7 @@ from gpu_report_engine import (
     make_engine,
     make_ready,
     make_request,
+    quantize,
     random_model,
     random_prompt,
     stats_of,
@@ -31,6 +32,9 @@ _STEPS = 33
 # Generated tokens that come before the first window: the graph's first replays, and prompts among them.
 _WARM_STEPS = 3
 _WINDOWS = 5
+INT4 = "int4"
+# Batches of the model of 4 bits, all at one context.
+_INT4_BATCHES, _INT4_CONTEXT = (1, 8, 32), 1024
 
 
 def model_1b(section: Section) -> None:
@@ -61,8 +65,7 @@ def _model(section: Section, name: str) -> None:
     section.results["weights_made_s"] = time.perf_counter() - start
     # Half the cache or more would be for one point alone: where memory is short that point is left out.
     page_room = int(0.85 * torch.cuda.mem_get_info()[0])
-    slot_bytes = decode_work(shapes, 1, 1.0).num_bytes - decode_work(shapes, 1, 0.0).num_bytes
-    slots = {point: point[1] * (point[2] + 2 * _STEPS + 64) for point in points}
+    slot_bytes, slots = _slot_bytes(shapes), {point: _slots(point) for point in points}
     fitting = [point for point in points if slots[point] * slot_bytes < page_room]
     section.results["steps"] = []
     section.results["left_out"] = [f"{point}: does not fit the memory" for point in points if point not in fitting]
@@ -110,6 +113,35 @@ def _model(section: Section, name: str) -> None:
                 section.not_run("variant", variant, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             engine = None
             _collect()
+    if not section.quick and section.has(12, f"{name} with weights of 4 bits"):
+        _time_int4(section, name, model, rates, shapes)
+
+
+def _time_int4(section: Section, name: str, model: Any, rates: Rates, shapes: Any) -> None:
+    """Decoding with projections of 4 bits; the model's own weights are gone then."""
+    points = [("decode", batch, _INT4_CONTEXT) for batch in _INT4_BATCHES]
+    try:
+        engine = make_engine(
+            quantize(model),
+            max_batch=max(_INT4_BATCHES),
+            max_seq_len=_INT4_CONTEXT + 2 * _STEPS,
+            cache_bytes=int(_slots(points[-1]) * _slot_bytes(shapes)),
+        )
+        _time_points(section, name, engine, points, rates, shapes, INT4)
+    # As any variant: without it the report still says what was measured.
+    except Exception as error:
+        section.not_run("variant", INT4, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    _collect()
+
+
+def _slot_bytes(shapes: Any) -> float:
+    """Of a token in the cache."""
+    return decode_work(shapes, 1, 1.0).num_bytes - decode_work(shapes, 1, 0.0).num_bytes
+
+
+def _slots(point: tuple[str, int, int]) -> int:
+    """Of the cache that a point takes."""
+    return point[1] * (point[2] + 2 * _STEPS + 64)
 
 
 def capture_time(engine: Any) -> Callable[[], float | None]:
@@ -167,6 +199,9 @@ def _row(name: str, variant: str | None, point: Any, rates: Rates, shapes: Any, 
     if kind == "decode":
         # The contexts that a timed run goes through.
         work = decode_work(shapes, batch, context + _STEPS / 2)
+    if variant == INT4:
+        read = sum(parameter.nbytes for parameter in quantize(empty_model(name)).parameters())
+        work = Work(work.num_bytes + read - sum(p.nbytes for p in shapes.parameters()), work.flops)
     bound_ms = 1e3 * rates.seconds(work)
     row = {"model": name, "kind": kind, "batch": batch, "context": context, "variant": variant}
     row |= {"num_bytes": work.num_bytes, "flops": work.flops, "bound_ms": bound_ms}

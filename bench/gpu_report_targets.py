@@ -63,7 +63,7 @@ def invariance_costs(report: dict[str, Any]) -> dict[tuple[str, str, int, int], 
             times.setdefault(key, {})[row["variant"]] = row["ms"]["median"]
     costs = {}
     for key, found in times.items():
-        others = [ms for variant, ms in found.items() if variant is not None and variant != "eager"]
+        others = [ms for variant, ms in found.items() if variant not in (None, "eager", "int4")]
         if None in found and others:
             costs[key] = found[None] / min(others) - 1
     return costs

@@ -118,7 +118,7 @@ def markdown(report: dict[str, Any]) -> str:
         ]
         parts += ["## Starts", "", table(["model", "start", *names], cells), ""]
     if rows_of_extension := results_of(report, "extension_times").get("rows"):
-        header = ["model", "op", "rows", "bound us", "us", "share", "Triton us", "cuBLAS us"]
+        header = ["model", "op", "rows", "bound us", "us", "share", "Triton us", "Triton bf16 us", "PyTorch int4 us"]
         cells = [
             [
                 r["model"],
@@ -128,10 +128,10 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{r['us']['median']:.2f}",
                 f"{r['share']:.1%}",
             ]
-            + [f"{r[name]:.2f}" for name in ("triton_us", "cublas_us")]
+            + ["" if r.get(name) is None else f"{r[name]:.2f}" for name in ("triton_us", "bf16_us", "torch_us")]
             for r in rows_of_extension
         ]
-        parts += ["## CUDA extension", "", table(header, cells), ""]
+        parts += ["## CUDA extension: int4_linear", "", table(header, cells), ""]
     if kernels := kernels_of(report):
         header = ["kernel", "shape", "rows", "bound us", "us", "share", "PyTorch us"]
         parts += ["## Kernels", "", table(header, list(map(_kernel_cells, kernels))), ""]

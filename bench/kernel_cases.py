@@ -57,12 +57,14 @@ class Setup:
         ours: the kernel.
         check: what is wrong with its results, or None.
         peers: other implementations by name ("torch" first): a function that makes (function, sets), and may raise.
+        check_with: `check` of another function of the same arguments on sets like these, where there is one.
     """
 
     sets: list[tuple[Any, ...]]
     ours: Callable[..., Any]
     check: Callable[[], str | None]
     peers: dict[str, Callable[[], tuple[Callable[..., Any], list[tuple[Any, ...]]]]] = field(default_factory=dict)
+    check_with: Callable[[Callable[..., Any], list[tuple[Any, ...]]], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -379,8 +381,15 @@ def _int4_linear(model: str, rows: list[int], prefill: list[int], contexts: list
         yield Case("int4_linear", projection.op, model, count, None, size, 2 * count * weights, build)
 
 
-def int4_setup(p: Projection, count: int, device: torch.device, sets_wanted: int) -> Setup:
-    """int4_linear.py on a projection; tune.py takes it too."""
+def int4_setup(
+    p: Projection,
+    count: int,
+    device: torch.device,
+    sets_wanted: int,
+    group_size: int = GROUP_SIZE,
+    has_zeros: bool = False,
+) -> Setup:
+    """int4_linear.py on a projection; tune.py takes it too. PyTorch's own has no zeros and groups of GROUP_SIZE."""
     from llama_fast.kernels.int4_linear import PlanarInt4, int4_linear
 
     options = p.options
@@ -393,15 +402,17 @@ def int4_setup(p: Projection, count: int, device: torch.device, sets_wanted: int
         # Random bits are random integers in any packing.
         words = torch.randint(-(2**31), 2**31, (num_blocks, p.out_features, 16), dtype=torch.int32, device=device)
         # Integers from -8 to 7 have a spread of about 4.6.
-        scales = _randn(p.in_features // GROUP_SIZE, p.out_features, device=device, scale=0.1).abs_().add_(1)
-        weight = PlanarInt4(words, scales.mul_(p.in_features**-0.5 / 4.6), None, None, p.in_features)
+        scales = _randn(p.in_features // group_size, p.out_features, device=device, scale=0.1).abs_().add_(1)
+        zeros = torch.randint(0, 17, scales.shape, device=device).to(DTYPE) if has_zeros else None
+        weight = PlanarInt4(words, scales.mul_(p.in_features**-0.5 / 4.6), zeros, None, p.in_features)
         return _randn(count, p.in_features, device=device), weight, _residual(p, count, device)
 
     def dense(weight: PlanarInt4) -> Tensor:
         shifts = 4 * torch.arange(8, device=device, dtype=torch.int32)
-        integers = ((weight.words[:, :, None, :] >> shifts[:, None]) & 15) - 8  # [blocks, outs, plane, 16]
-        integers = integers.transpose(0, 1).reshape(p.out_features, p.in_features)
-        return integers.float() * weight.scales.t().float().repeat_interleave(GROUP_SIZE, dim=1)
+        integers = (weight.words[:, :, None, :] >> shifts[:, None]) & 15  # [blocks, outs, plane, 16]
+        integers = integers.transpose(0, 1).reshape(p.out_features, -1, group_size)
+        zeros = 8 if weight.zeros is None else weight.zeros.t()[:, :, None]
+        return ((integers.float() - zeros) * weight.scales.t().float()[:, :, None]).flatten(1)
 
     sets = [draw() for _ in range(sets_wanted)]
 
@@ -411,11 +422,11 @@ def int4_setup(p: Projection, count: int, device: torch.device, sets_wanted: int
     def torch_bf16() -> tuple[Callable[..., Any], list[tuple[Any, ...]]]:
         return F.linear, [(x, dense(weight).to(DTYPE)) for x, weight, _ in sets]
 
-    def check() -> str | None:
-        return check_projection(p, ours, F.linear, sets, dense)
+    def check_with(function: Callable[..., Tensor], on: list[tuple[Any, ...]]) -> str | None:
+        return check_projection(p, function, F.linear, on, dense)
 
     peers = {"torch": torch_int4, "torch bf16": torch_bf16, "torchao": _torchao(p, sets, dense)}
-    return Setup(sets, ours, check, peers)
+    return Setup(sets, ours, lambda: check_with(ours, sets), peers, check_with)
 
 
 def _torch_int4() -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -38,6 +38,8 @@ GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO, _MAX_ZERO = 8, 16
 # 16 words hold a block of input features. One nibble of all 16 is a plane: as many as one step of the MMA takes.
 _BLOCK, _WORDS, _PLANES = 128, 16, 8
+# Words that are repacked at a time, so that what lies between is small beside a large weight.
+_CHUNK_WORDS = 2**22
 # Tiles of output features that share a block of rows in L2 before the next block of rows begins.
 _GROUP = 8
 
@@ -107,6 +109,44 @@ def unpack_int4(packed: PlanarInt4) -> tuple[Tensor, Tensor, Tensor | None, Tens
     values = planes.transpose(0, 1).flatten(1)[:, : packed.in_features].to(torch.uint8)
     zeros = None if packed.zeros is None else packed.zeros.t().contiguous().to(torch.uint8)
     return values.contiguous(), packed.scales.t().contiguous(), zeros, packed.bias
+
+
+def to_planes(rows: Tensor, planes: Tensor) -> None:
+    """Repack words whose nibble i of word r is input feature 8 * r + i, as ops/int4.py's `pack_rows` makes them.
+
+    Args:
+        rows: int32 [out_features, in_features / 8].
+        planes: int32 [blocks, out_features, 16], written: `PlanarInt4.words`, or some outputs of them.
+    """
+    blocks = planes.shape[0]
+    for outs in _chunks(planes):
+        # Word 2 * j + h of a block has of plane j the words 8 * h to 8 * h + 7.
+        padded = torch.nn.functional.pad(rows[outs], (0, blocks * _WORDS - rows.shape[1]))
+        halves = padded.view(-1, blocks, _PLANES, 2, 1)
+        words = halves[:, :, 0] >> _shifts(rows) & 15
+        for plane in range(1, _PLANES):
+            words |= (halves[:, :, plane] >> _shifts(rows) & 15) << (4 * plane)
+        planes[:, outs] = words.flatten(2).transpose(0, 1)
+
+
+def from_planes(planes: Tensor, in_features: int) -> Tensor:
+    """The rows that `to_planes` was given: int32 [out_features, in_features / 8]."""
+    rows = planes.new_empty(planes.shape[1], planes.shape[0], _PLANES, 2)
+    for outs in _chunks(planes):
+        words = planes[:, outs].transpose(0, 1).unflatten(2, (2, 8))
+        for plane in range(_PLANES):
+            rows[outs, :, plane] = ((words >> (4 * plane) & 15) << _shifts(planes)).sum(-1, dtype=torch.int32)
+    return rows.flatten(1)[:, : in_features // 8].contiguous()
+
+
+def _chunks(planes: Tensor) -> list[slice]:
+    """Outputs, some at a time."""
+    size = max(1, _CHUNK_WORDS // (planes.shape[0] * _WORDS))
+    return [slice(start, start + size) for start in range(0, planes.shape[1], size)]
+
+
+def _shifts(words: Tensor) -> Tensor:
+    return torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The CUDA extension: a linear for generated rows in bf16, and whether it is used instead of Triton's.
+"""The CUDA extension: int4_linear for generated rows in bf16, and whether it is used instead of Triton's.
 
 By default it is where cuda_checked.json has a report of these sources on a GPU of this compute capability.
 LLAMA_FAST_CUDA_EXTENSION=on uses it unchecked and makes it an error if it cannot serve; =off never uses it.
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from llama_fast.errors import BackendError
-from llama_fast.kernels import linear as triton_linear
+from llama_fast.kernels import int4_linear as triton_int4
 from llama_fast.kernels.arguments import refuse
+from llama_fast.kernels.int4_linear import PlanarInt4
 from llama_fast.kernels.silu_mul import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -27,14 +28,14 @@ logger = logging.getLogger(__name__)
 VARIABLE = "LLAMA_FAST_CUDA_EXTENSION"
 SETTINGS = ("auto", "on", "off")
 # Of csrc/cuda/bindings.cpp. A module of an earlier installation would take addresses in another order.
-INTERFACE = 1
+INTERFACE = 2
 # {source hash: {compute capability: {"gpu": name, "report": file of its checks}}}
 CHECKED = Path(__file__).with_name("cuda_checked.json")
-# As csrc/cuda/linear_call.h numbers them, by the kernels' names; Triton serves the others.
+# As csrc/cuda/int4_linear_call.h numbers them, by the kernels' names; Triton serves the others.
 _NUMBERS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-# Elements that a thread loads at once, and their bytes.
-_ELEMENTS, _BYTES = 8, 16
-# The kernel counts from a block's first row, up to 64 rows on, in 32 bits.
+# Elements of x that a thread copies at once, and their bytes; bytes of scales and zeros.
+_ELEMENTS, _BYTES, _NUMBER_BYTES = 8, 16, 4
+# The kernel counts from a block's first row, up to 32 rows on, in 32 bits.
 _MAX_ROW = 2**24
 
 
@@ -89,7 +90,7 @@ def _in_use(chosen: str, index: int) -> bool:
         return True
     if chosen == "on":
         raise BackendError(f"{VARIABLE}=on cannot be: {reason}; or set {VARIABLE}=off")
-    logger.info("generated rows run on Triton's linear: %s", reason)
+    logger.info("generated rows of 4-bit weights run on Triton's int4_linear: %s", reason)
     return False
 
 
@@ -118,51 +119,57 @@ def _problem(module: ModuleType, index: int, checked_only: bool) -> str:
     return ""
 
 
-def serves(weight: Tensor, activation: str | None = None) -> bool:
-    """Whether generated rows times `weight` are the extension's; whatever their number.
+def serves(packed: PlanarInt4, activation: str | None = None) -> bool:
+    """Whether generated rows times `packed` are the extension's; whatever their number.
 
     Args:
-        weight: [out_features, in_features].
         activation: of a gated projection.
 
     Raises:
         BackendError: as in_use.
     """
     return (
-        in_use(weight.device)
-        and weight.dtype == torch.bfloat16
-        and not _misfit(weight)
+        in_use(packed.scales.device)
+        and packed.scales.dtype == torch.bfloat16
+        and not _misfit(packed, activation is not None)
         and (activation is None or ACTIVATIONS.get(activation) in _NUMBERS)
     )
 
 
-def _misfit(weight: Tensor) -> str:
-    in_features = weight.shape[1]
-    if in_features % _ELEMENTS or in_features > _MAX_ROW:
-        return f"in_features={in_features} must be a multiple of {_ELEMENTS} and at most {_MAX_ROW}"
-    if weight.data_ptr() % _BYTES:
-        return f"weight must start at a multiple of {_BYTES} bytes"
+def _misfit(packed: PlanarInt4, gated: bool) -> str:
+    outputs = packed.out_features // (2 if gated else 1)
+    if outputs % 2:
+        return f"out_features={outputs} must be even"
+    if packed.in_features > _MAX_ROW:
+        return f"in_features={packed.in_features} must be at most {_MAX_ROW}"
+    for name, tensor, alignment in (
+        ("words", packed.words, _BYTES),
+        ("scales", packed.scales, _NUMBER_BYTES),
+        ("zeros", packed.zeros, _NUMBER_BYTES),
+    ):
+        if tensor is not None and (tensor.data_ptr() % alignment or not tensor.is_contiguous()):
+            return f"{name} must be contiguous and start at a multiple of {alignment} bytes"
     return ""
 
 
-def linear(
+def int4_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    packed: PlanarInt4,
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x times weight's transpose; then bias, and at most one of residual add and gated activation.
+    """x times the dequantized weight's transpose; then bias, and at most one of residual add and gated activation.
 
-    The twin of kernels/linear.py with the same roundings and another order of summation, which depends on in_features
-    alone: a row has the same bits in any company. One launch on the current stream, which may be under capture.
+    The twin of kernels/int4_linear.py on the same packing, with the same roundings and another order of summation,
+    which depends on in_features and the group size alone: a row has the same bits in any company. One launch on the
+    current stream, which may be under capture.
 
     Args:
-        x: bf16 [num_tokens, in_features], in_features a multiple of 8; rows start at multiples of 16 bytes.
-        weight: bf16 [out_features, in_features], contiguous; with `activation` gate's rows, then up's.
-        bias: bf16 [out_features], added in fp32.
+        x: bf16 [num_tokens, in_features]; rows start at multiples of 16 bytes.
+        packed: of `pack_int4`, with bf16 scales and an even number of outputs; with `activation` gate's outputs, then
+            up's, an even number each.
         residual: bf16 [num_tokens, out_features], contiguous, added to the rounded projection.
         activation: silu, gelu, gelu_tanh, relu or another name of these: the result is activation(gate) * up.
         out_dtype: bfloat16 (None) or float32.
@@ -174,13 +181,13 @@ def linear(
         KernelArgumentError: dtypes, devices, shapes, strides or an alignment that are not as above.
         BackendError: the extension is not there, or CUDA refused the launch.
 
-    Source: PTX ISA, mma.m16n8k16, as csrc/cuda/linear.h tells.
+    Source: PTX ISA, mma.m16n8k16, as csrc/cuda/int4_linear.h tells.
     """
-    op = "linear"
-    triton_linear._check(x, weight, bias, residual, activation, out_dtype)  # the twin's own, so that both refuse alike
+    op = "int4_linear"
+    triton_int4._check(x, packed, residual, activation, out_dtype)  # the twin's own, so that both refuse alike
     if x.dtype != torch.bfloat16:
         refuse(op, f"x is {x.dtype}; the CUDA extension takes bfloat16; set {VARIABLE}=off")
-    if problem := _misfit(weight):
+    if problem := _misfit(packed, activation is not None):
         refuse(op, f"{problem} for the CUDA extension; set {VARIABLE}=off")
     num_rows, in_features = x.shape
     x_stride = x.stride(0) if num_rows > 1 else in_features
@@ -197,28 +204,31 @@ def linear(
             refuse(op, f"activation={activation!r} is not in the CUDA extension; set {VARIABLE}=off")
     module, reason = extension()
     if module is None:
-        raise BackendError(f"linear: {reason}")
-    out_features = weight.shape[0] // 2 if number else weight.shape[0]
+        raise BackendError(f"int4_linear: {reason}")
+    out_features = packed.out_features // 2 if number else packed.out_features
     out = torch.empty((num_rows, out_features), dtype=out_dtype or x.dtype, device=x.device)
     if not out.numel():
         return out
     try:
-        module.linear(
+        module.int4_linear(
             x.data_ptr(),
             x_stride,
             num_rows,
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            packed.words.data_ptr(),
+            packed.scales.data_ptr(),
+            0 if packed.zeros is None else packed.zeros.data_ptr(),
+            0 if packed.bias is None else packed.bias.data_ptr(),
             0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
             out_features,
             in_features,
+            packed.group_size,
             number,
             out.dtype == torch.float32,
             _stream(x.device),
         )
     except RuntimeError as error:
-        raise BackendError(f"linear: {error}") from error
+        raise BackendError(f"int4_linear: {error}") from error
     return out
 
 

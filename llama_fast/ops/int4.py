@@ -120,7 +120,8 @@ class Int4Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # What is loaded is in the files' order.
-        if f"{prefix}weight_packed" in state_dict:
+        if f"{prefix}weight_packed" in state_dict and self._restore is not None:
+            self.weight_packed.data = self.rows()
             self._restore = None
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 

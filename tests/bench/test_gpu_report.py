@@ -461,24 +461,27 @@ def test_the_extension_on_a_pretended_gpu(bench, pretended, monkeypatch, right):
     cases = sys.modules["kernel_cases"]
     smoke = cases.projections("smoke")
 
-    def linear(x, weight, bias=None, *, residual=None, activation=None, out_dtype=None):
+    def int4_linear(x, packed, *, residual=None, activation=None, out_dtype=None):
+        weight = _dense(packed)
         # A row at a time: no other can show.
-        out = torch.stack([(row.double() @ weight.double().t()).to(out_dtype or x.dtype) for row in x])
+        out = torch.stack([(row.double() @ weight.t()).to(out_dtype or x.dtype) for row in x])
         if activation:
             return cases._plain_silu_mul(out)
         out = out if residual is None else residual + out
         return out if right or len(x) != 17 else out + 1
 
     extension = types.SimpleNamespace(
-        linear=linear,
-        serves=lambda weight, activation: activation is None,
+        int4_linear=int4_linear,
+        serves=lambda packed, activation: activation is None,
         extension=lambda: (types.SimpleNamespace(source_hash="5" * 16), ""),
     )
     monkeypatch.setattr(module, "extension", lambda: extension)
     monkeypatch.setattr(module, "Gpu", lambda **_: times.Gpu())
-    monkeypatch.setattr(module, "_projections", lambda models: [("8b", p) for p in smoke[:3]])
+    monkeypatch.setattr(module, "_projections", lambda model: smoke[:3])
+    monkeypatch.setattr(module, "_FORMS", {"8b": (module._Form(), module._Form(32, has_zeros=True))})
     monkeypatch.setattr(module, "_DEVICE", "cpu")
-    monkeypatch.setattr(module, "linear_setup", _without_kernels(cases, module.linear_setup))
+    for name in ("linear_setup", "int4_setup"):
+        monkeypatch.setattr(module, name, _without_kernels(getattr(module, name)))
     monkeypatch.setattr(module, "_REPEATS", 2)
     section = pretended("extension", report="r.json")
     module.checks(section)
@@ -489,26 +492,62 @@ def test_the_extension_on_a_pretended_gpu(bench, pretended, monkeypatch, right):
     )
     served = {check["check"].partition(",")[0] for check in section.results["checks"]}
     assert served == {"accuracy", "bits of rows", "repeats", "serves"}
+    assert len(section.results["checks"]) == 2 * (3 + 3 + 1)
     timed = pretended("extension_times")
     if right:
         module.times(timed)
         timings = {(row["rows"], row["op"]): row for row in timed.results["rows"]}
         assert timings.keys() == {(count, op) for count in (1, 8, 64) for op in ("qkv", "o + residual")}
-        assert all(row["us"].median == row["triton_us"] == row["cublas_us"] == 2.0 for row in timings.values())
+        assert all(row["us"].median == row["triton_us"] == row["bf16_us"] == 2.0 for row in timings.values())
     else:
         with pytest.raises(sys.modules["gpu_report_section"].NotHere, match="not timed"):
             module.times(timed)
 
 
-def _without_kernels(cases, real):
-    """linear_setup whose own kernel is PyTorch's: Triton's is not interpreted in this process."""
+def _dense(packed):
+    """A PlanarInt4 as fp64 [out_features, in_features]."""
+    from llama_fast.kernels.int4_linear import from_planes
+    from llama_fast.ops.int4 import Int4Weight, unpack_rows
 
-    def setup(p, count, device, sets):
-        made = real(p, count, device, sets)
-        made.ours = lambda x, weight, residual: cases._torch_projection(p)(x, weight, residual)
+    zeros = None if packed.zeros is None else packed.zeros.t().to(torch.uint8)
+    values = unpack_rows(from_planes(packed.words, packed.in_features))
+    return Int4Weight(values, packed.scales.t(), zeros, None).dequantized(dtype=torch.float64)
+
+
+def _without_kernels(real):
+    """A setup whose own kernel is a copy of x: Triton's is not interpreted in this process."""
+
+    def setup(*args, **options):
+        made = real(*args, **options)
+        made.ours = lambda x, weight, residual: x.clone()
         return made
 
     return setup
+
+
+def test_a_model_of_4_bits_on_a_pretended_gpu(bench, pretended, monkeypatch):
+    models, engine = sys.modules["gpu_report_models"], sys.modules["gpu_report_engine"]
+    from llama_fast.engine.engine import Engine
+    from tests.tiny import make_model
+
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    fields = {**shape, "max_position_embeddings": 2048, "initializer_range": 0.02}
+    monkeypatch.setattr(models, "empty_model", lambda name: make_model(torch.bfloat16, **fields))
+    monkeypatch.setattr(models, "make_engine", lambda model, **sizes: Engine(model, backend="reference", **sizes))
+    monkeypatch.setattr(models, "_INT4_BATCHES", (1, 3))
+    monkeypatch.setattr(models, "_INT4_CONTEXT", 64)
+    section = pretended("model_1b")
+    section.results["left_out"], section.results["steps"] = [], []
+    model, rates = make_model(torch.bfloat16, **fields), sys.modules["serving_bounds"].Rates(1e12, 1e15)
+    plain = models._row("1b", None, ("decode", 1, 64), rates, model, None)
+    models._time_int4(section, "1b", model, rates, make_model(torch.bfloat16, **fields))
+    assert [(row["batch"], row["variant"]) for row in section.results["steps"]] == [(1, "int4"), (3, "int4")]
+    row = section.results["steps"][0]
+    assert row["ms"].median > 0 and row["flops"] == plain["flops"]
+    # 16 bits a weight of the layers become 4, and a scale of 16 bits for 128 of them.
+    weights = 2 * (128 * (128 + 2 * 64 + 128) + 3 * 128 * 256)
+    assert row["num_bytes"] == plain["num_bytes"] - weights * (2 - 1 / 2 - 2 / 128)
+    assert engine.quantize(make_model(torch.bfloat16, **fields)).model.layers[0].mlp.down_proj.group_size == 128
 
 
 def test_a_measured_report_is_written_and_drawn(bench, tmp_path):
@@ -533,7 +572,7 @@ def test_a_measured_report_is_written_and_drawn(bench, tmp_path):
         "model_8b": {"steps": steps, "capture_s": 2.5, "left_out": ["decode 128 at 4096: does not fit"]},
         "kernel_times": {"kernels": {"rows": kernels}},
         "starts": {"starts": [{"model": "8b", "first": start, "warm": start}]},
-        "extension_times": {"rows": [{**row, "triton_us": 5.0, "cublas_us": 6.0}]},
+        "extension_times": {"rows": [{**row, "triton_us": 5.0, "bf16_us": 6.0}]},
         "kernel_tests": {"kernels": {"linear": {"failing": [{"test": "a::b", "why": "c"}]}}},
     }
     entry = {"group": "timing", "status": "passed", "reason": None, "seconds": 1.0, "limit_s": 2.0}
@@ -562,7 +601,7 @@ def test_a_measured_report_is_written_and_drawn(bench, tmp_path):
         "| linear | 8b, qkv | 1 | 1.00 | refused: no |",
         "| 8b | decode | 128 | 1,024 |  | 4.500 | 5.000 | 4.900 - 5.100 | 90.0% |",
         "| 8b | decode | 1 | 1024 | +0.0% |",
-        "| 8b | qkv | 1 | 3.00 | 4.00 | 75.0% | 5.00 | 6.00 |",
+        "| 8b | qkv | 1 | 3.00 | 4.00 | 75.0% | 5.00 | 6.00 |  |",
         "- `a::b`: c",
         "does not fit",
     ):

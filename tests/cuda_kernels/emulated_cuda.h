@@ -1,8 +1,9 @@
 // csrc/cuda/device.h for a CPU: the threads of a block as fibers of one thread, the matrix instruction by its
 // fragments.
 //
-// Loads and stores are checked against the memory that a run may touch and against their alignment; shared memory
-// starts as NaN; threads that wait for others which never come end the run. All of it is an error's text, not a crash.
+// Loads, stores and copies are checked against the memory that a run may touch and against their alignment; shared
+// memory starts as NaN; what a copy replaces is NaN from when it is issued, and its bytes are there when the thread has
+// waited for it; threads that wait for others which never come end the run. All of it is an error's text, not a crash.
 #pragma once
 
 #include <setjmp.h>
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,6 +28,13 @@ struct Vector {
     uint32_t x, y, z, w;
 };
 
+struct Pair {
+    uint32_t x, y;
+};
+
+// An address in shared memory: from its start.
+using Shared = uint32_t;
+
 namespace emulated {
 
 // Bytes that may be read or written.
@@ -36,11 +45,22 @@ struct Range {
 
 struct Machine {
     static constexpr int lanes = 32, stack_bytes = 128 << 10;
+    // On its way to shared memory; a source of nothing is zeros.
+    struct Copy {
+        Shared to;
+        const void* from;
+        uint32_t bytes;
+    };
     struct Fiber {
         ucontext_t start;
         jmp_buf resume;
         std::unique_ptr<char[]> stack{new char[stack_bytes]};
         bool started = false, done = false;
+        // The last batch is open.
+        std::deque<std::vector<Copy>> batches;
+    };
+    struct Barrier {
+        int arrived = 0, turn = 0;
     };
     // Fragments on their way to the matrix instruction, and its results.
     struct Warp {
@@ -52,8 +72,11 @@ struct Machine {
     std::vector<Range> ranges;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
+    // Shared memory of a block, aligned as the hardware's. The barrier of a whole block comes last.
+    std::vector<uint64_t> shared;
+    Barrier barriers[16];
     jmp_buf caller;
-    int current = 0, waiting = 0, arrived = 0, turn = 0;
+    int current = 0, waiting = 0;
     void (*body)(int thread) = nullptr;
     std::string problem;
 
@@ -69,6 +92,41 @@ struct Machine {
             if (begin >= range.begin && begin + bytes <= range.end && (range.writable || !write)) return;
         }
         give_up(write ? "a store outside the output" : "a load outside the operands");
+    }
+
+    char* shared_at(Shared address, uint32_t bytes) {
+        if (address % bytes != 0) give_up("a shared address of " + std::to_string(bytes) + " bytes is not aligned");
+        if (address + bytes > shared.size() * sizeof(uint64_t)) give_up("an access outside shared memory");
+        return reinterpret_cast<char*>(shared.data()) + address;
+    }
+
+    void copy(Shared to, const void* from, uint32_t bytes, bool copy) {
+        if (copy) touch(from, bytes, false);
+        std::memset(shared_at(to, bytes), 0xff, bytes);
+        fibers[current].batches.back().push_back({to, copy ? from : nullptr, bytes});
+    }
+
+    void finish_copies(size_t but) {
+        auto& batches = fibers[current].batches;
+        for (; batches.size() > but + 1; batches.pop_front()) {
+            for (const Copy& copy : batches.front()) {
+                char* const target = shared_at(copy.to, copy.bytes);
+                if (copy.from == nullptr) {
+                    std::memset(target, 0, copy.bytes);
+                } else {
+                    std::memcpy(target, copy.from, copy.bytes);
+                }
+            }
+        }
+    }
+
+    void meet(Barrier& barrier, int threads) {
+        const int turn = barrier.turn;
+        if (++barrier.arrived == threads) {
+            barrier.arrived = waiting = 0;
+            ++barrier.turn;
+        }
+        while (barrier.turn == turn) wait();
     }
 
     void go_to(int thread) {
@@ -95,8 +153,8 @@ struct Machine {
         if (_setjmp(fibers[current].resume) == 0) leave();
     }
 
-    // Blocks run one after the other; false and `problem` at the first that fails.
-    bool run(int num_threads, void (*thread_body)(int));
+    // A block; false and `problem` if it fails.
+    bool run(int num_threads, int shared_bytes, void (*thread_body)(int));
 };
 
 inline Machine& machine() {
@@ -112,14 +170,17 @@ inline void enter() {
     m.leave();
 }
 
-inline bool Machine::run(int num_threads, void (*thread_body)(int)) {
+inline bool Machine::run(int num_threads, int shared_bytes, void (*thread_body)(int)) {
     fibers.resize(num_threads);
+    shared.assign((shared_bytes + 7) / 8, ~uint64_t{0});
     warps.assign(num_threads / lanes, Warp{});
     body = thread_body;
-    arrived = waiting = 0;
+    for (Barrier& barrier : barriers) barrier = {};
+    waiting = 0;
     problem.clear();
     for (Fiber& fiber : fibers) {
         fiber.started = fiber.done = false;
+        fiber.batches.assign(1, {});
         getcontext(&fiber.start);
         fiber.start.uc_stack.ss_sp = fiber.stack.get();
         fiber.start.uc_stack.ss_size = stack_bytes;
@@ -174,16 +235,7 @@ inline bfloat16 rounded(float value) {
     return static_cast<bfloat16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline Vector load_token(const bfloat16* address) {
-    emulated::machine().touch(address, sizeof(Vector), false);
-    Vector v;
-    std::memcpy(&v, address, sizeof(v));
-    return v;
-}
-
-inline Vector load_weight(const bfloat16* address, uint64_t) { return load_token(address); }
-
-inline uint64_t weight_policy() { return 0; }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline float load_float(const bfloat16* address) {
     emulated::machine().touch(address, sizeof(bfloat16), false);
@@ -194,6 +246,58 @@ template <class T>
 void store(T* address, T value) {
     emulated::machine().touch(address, sizeof(T), true);
     std::memcpy(address, &value, sizeof(T));
+}
+
+inline Shared in_shared(void* address) {
+    return static_cast<Shared>(static_cast<char*>(address) -
+                               reinterpret_cast<char*>(emulated::machine().shared.data()));
+}
+
+inline void copy_x(Shared to, const bfloat16* from, bool copy) { emulated::machine().copy(to, from, 16, copy); }
+
+inline void copy_words(Shared to, const uint32_t* from, bool copy, uint64_t) {
+    emulated::machine().copy(to, from, 16, copy);
+}
+
+inline uint64_t words_policy() { return 0; }
+
+inline void copy_numbers(Shared to, const bfloat16* from, bool copy) { emulated::machine().copy(to, from, 4, copy); }
+
+inline void commit_copies() {
+    emulated::Machine& m = emulated::machine();
+    m.fibers[m.current].batches.emplace_back();
+}
+
+template <int N>
+void wait_for_copies() {
+    emulated::machine().finish_copies(N);
+}
+
+template <class T>
+T load_shared(Shared from) {
+    T value;
+    std::memcpy(&value, emulated::machine().shared_at(from, sizeof(T)), sizeof(T));
+    return value;
+}
+
+inline Vector load_words(Shared from) { return load_shared<Vector>(from); }
+inline Pair load_x(Shared from) { return load_shared<Pair>(from); }
+inline float load_number(Shared from) { return widened(load_shared<bfloat16>(from)); }
+
+inline uint32_t lower_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
+inline uint32_t twice(float number) {
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof(bits));
+    return bits >> 16 | (bits & 0xffff0000u);
+}
+
+inline uint32_t lowest_nibbles(uint32_t halves) { return (halves & 0x000f000f) | 0x43004300; }
+
+inline uint32_t add_halves(uint32_t a, uint32_t b) {
+    const uint32_t low = rounded(emulated::number(a, 0) + emulated::number(b, 0));
+    return low | static_cast<uint32_t>(rounded(emulated::number(a, 1) + emulated::number(b, 1))) << 16;
 }
 
 inline void matrix_multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -217,12 +321,12 @@ inline void matrix_multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2
 
 inline void barrier() {
     emulated::Machine& m = emulated::machine();
-    const int turn = m.turn;
-    if (++m.arrived == static_cast<int>(m.fibers.size())) {
-        m.arrived = m.waiting = 0;
-        ++m.turn;
-    }
-    while (m.turn == turn) m.wait();
+    m.meet(m.barriers[15], static_cast<int>(m.fibers.size()));
+}
+
+inline void barrier_among(int number, int threads) {
+    emulated::Machine& m = emulated::machine();
+    m.meet(m.barriers[number], threads);
 }
 
 }  // namespace llama_fast

@@ -25,7 +25,7 @@ class Module:
         if self.problem:
             raise RuntimeError(self.problem)
 
-    def linear(self, *args):
+    def int4_linear(self, *args):
         self.calls.append(args)
         if self.problem:
             raise RuntimeError(self.problem)
@@ -34,6 +34,6 @@ class Module:
 class Emulated(Module):
     """The kernel's own source on CPU tensors."""
 
-    def linear(self, *args):
+    def int4_linear(self, *args):
         self.calls.append(args)
-        emulation.emulation().linear(*args)
+        emulation.emulation().int4_linear(*args)

@@ -19,6 +19,7 @@ from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import gpu
+from llama_fast.ops.int4 import Int4Linear
 from tests.engine.graph_double import capturing
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="about compiled kernels")
@@ -35,6 +36,18 @@ SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
     "odd": {"hidden_size": 48, "intermediate_size": 33, "num_attention_heads": 6, "num_key_value_heads": 2},
 }
+# Names of these are of models whose projections are quantized.
+SHAPES |= {"1b int4": SHAPES["1b"], "odd int4": {**SHAPES["odd"], "hidden_size": 96, "intermediate_size": 160}}
+
+
+def _quantize(model, group_size):
+    """Every projection of the layers in 4 bits, some with zeros."""
+    for layer in model.model.layers:
+        for owner in (layer.self_attn, layer.mlp):
+            for index, (name, linear) in enumerate(list(owner.named_children())):
+                outs, ins = linear.weight.shape
+                part = Int4Linear(ins, outs, group_size=group_size, symmetric=index % 2 == 0)
+                setattr(owner, name, part.to(torch.bfloat16))
 
 
 class _Engine:
@@ -44,6 +57,8 @@ class _Engine:
         config = LlamaConfig(vocab_size=1024, num_hidden_layers=1, max_position_embeddings=max_seq_len, **SHAPES[shape])
         with META:
             self.model = LlamaLM(config).to(torch.bfloat16)
+            if shape.endswith("int4"):
+                _quantize(self.model, 128 if shape.startswith("1b") else 32)
         self.model.requires_grad_(False)
         self.cache = PagedKVCache(config, 256, dtype=torch.bfloat16, device=META)
         self.max_batch, self.prefill_chunk, self.max_seq_len = max_batch, prefill_chunk, max_seq_len
@@ -84,7 +99,11 @@ class _Engine:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "max_batch", "prefill_chunk"), [("1b", 16, 512), ("1b", 1, 100), ("1b", 37, 600), ("odd", 5, 33)]
+    ("shape", "max_batch", "prefill_chunk"),
+    [
+        *[("1b", 16, 512), ("1b", 1, 100), ("1b", 37, 600), ("odd", 5, 33)],
+        *[("1b int4", 16, 512), ("1b int4", 37, 600), ("1b int4", 1, 30), ("odd int4", 5, 33)],
+    ],
 )
 def test_prompts_of_every_kind_compile_nothing(monkeypatch, arch, shape, max_batch, prefill_chunk, graphs):
     capturing(monkeypatch)

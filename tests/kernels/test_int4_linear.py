@@ -13,9 +13,10 @@ from llama_fast.kernels import int4_linear as module
 from llama_fast.kernels.int4_linear import PlanarInt4, int4_linear, pack_int4, unpack_int4
 from llama_fast.kernels.silu_mul import ACTIVATIONS, silu_mul
 from llama_fast.ops import reference, reference_int4
-from llama_fast.ops.int4 import Int4Weight
+from llama_fast.ops.int4 import Int4Linear, Int4Weight, pack_rows
 from tests.kernels.accuracy import DTYPES, assert_accurate, assert_sum_accurate, doubled, outliers, same_bits, ulp
 from tests.kernels.conftest import INTERPRETED
+from tests.tiny import RecordingEngine, make_model, make_request
 
 EPILOGUES = ["plain", "bias", "residual", "residual bias", "gated", "gated bias", "fp32", "fp32 bias"]
 LAYOUTS = ["contiguous", "strided", "offset"]
@@ -596,3 +597,56 @@ def test_F03_devices_and_gradients(device):
         assert int4_linear(x, packed).shape == (5, 6)
     reference_int4.int4_linear(x, weight).sum().backward()
     assert torch.allclose(x.grad, weight.dequantized().sum(0).expand_as(x), atol=1e-5)
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------
+
+SIZES = {"page_size": 16, "split_size": 32, "max_seq_len": 64}
+
+
+def int4_model(dtype, device):
+    """A tiny model with every projection of its layers in 4 bits, some with zeros and some without."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = make_model(dtype, **shape)
+    for layer in model.model.layers:
+        for owner in (layer.self_attn, layer.mlp):
+            for index, (name, linear) in enumerate(list(owner.named_children())):
+                outs, ins = linear.weight.shape
+                part = Int4Linear(ins, outs, group_size=32, symmetric=index % 2 == 0).to(dtype)
+                part.weight_packed.data = pack_rows(torch.randint(0, 16, (outs, ins), dtype=torch.uint8))
+                part.weight_scale.data.normal_(0.0, 0.05)
+                if part.weight_zero_point is not None:
+                    part.weight_zero_point.data = torch.randint(0, 17, (outs, ins // 32), dtype=torch.uint8)
+                setattr(owner, name, part)
+    return model.to(device)
+
+
+def run_model(model, order, backend="gpu", **sizes):
+    """(tokens, logits) of each sample of four prompts, some of them."""
+    engine = RecordingEngine(model, backend=backend, **{"max_batch": 4, **SIZES, **sizes})
+    prompts = {index: [random.Random(index).randrange(97) for _ in range(3 + 12 * index)] for index in order}
+    return engine.generate(
+        [make_request(model, prompts[index], index, max_tokens=3, max_seq_len=64, temperature=0.0) for index in order]
+    )
+
+
+def test_a_model_of_4_bits(device):
+    """Prompt and generated tokens through every op, beside the reference on the same modules."""
+    model = int4_model(torch.float32, device)
+    expected = run_model(model, [0, 2], "reference")
+    got = run_model(model, [0, 2])
+    for key, (tokens, logits) in expected.items():
+        assert got[key][0] == tokens
+        torch.testing.assert_close(got[key][1], logits, rtol=1e-4, atol=1e-4)
+    # The reference again, on words that are in the kernels' order now.
+    for key, (tokens, logits) in run_model(model, [0, 2], "reference").items():
+        assert tokens == expected[key][0] and torch.equal(logits, expected[key][1])
+
+
+@pytest.mark.usefixtures("chained")
+def test_one_answer_of_a_model_of_4_bits(device):
+    model = int4_model(torch.bfloat16, device)
+    alone = {key: value for index in range(4) for key, value in run_model(model, [index]).items()}
+    for order, sizes in (([2, 0, 3, 1], {}), ([3, 1, 0], {"prefill_chunk": 11, "max_batch": 2})):
+        for key, (tokens, logits) in run_model(model, order, **sizes).items():
+            assert tokens == alone[key][0] and torch.equal(logits, alone[key][1]), key

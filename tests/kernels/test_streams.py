@@ -5,11 +5,13 @@ import threading
 import pytest
 import torch
 
+from llama_fast.kernels.int4_linear import pack_int4
 from llama_fast.kernels.log_probs import log_probs
 from llama_fast.kernels.sample import sample
 from llama_fast.model.batch import Chunk, pack
 from llama_fast.model.kv_cache import PagedKVCache
 from llama_fast.ops import cuda_extension, gpu
+from llama_fast.ops.int4 import Int4Weight
 from tests.kernels.conftest import INTERPRETED
 from tests.tiny import make_model
 
@@ -30,7 +32,9 @@ class _Work:
             pack(gpu, rotary, chunks, 256, device, generated=generated)
             for chunks, generated in ((prompts, False), (tokens, True))
         ]
-        self.weight = torch.randn(48, 64, device=device).to(torch.bfloat16)
+        values = torch.randint(0, 16, (48, 64), dtype=torch.uint8, device=device)
+        scales = torch.rand(48, 1, device=device).to(torch.bfloat16)
+        self.weight = pack_int4(Int4Weight(values, scales, None, None))
 
     def run(self, sampling):
         """Logits, tokens and log probabilities."""
@@ -40,8 +44,8 @@ class _Work:
             tokens = sample(logits, sampling)
             results += [logits, tokens, *log_probs(logits, tokens, 3)]
         if cuda_extension.extension()[0] is not None:
-            x = torch.ones(3, 64, dtype=torch.bfloat16, device=self.weight.device)
-            results.append(cuda_extension.linear(x, self.weight))
+            x = torch.ones(3, 64, dtype=torch.bfloat16, device=self.weight.words.device)
+            results.append(cuda_extension.int4_linear(x, self.weight))
         return results
 
 

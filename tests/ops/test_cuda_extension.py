@@ -19,6 +19,7 @@ import torch
 
 import llama_fast
 from llama_fast.errors import BackendError
+from llama_fast.kernels.int4_linear import PlanarInt4
 from llama_fast.ops import cuda_extension
 from llama_fast.ops.cuda_extension import CHECKED, INTERFACE, VARIABLE, extension, in_use, serves
 from tests.cuda_kernels.fakes import Module, forget
@@ -110,7 +111,8 @@ def test_other_devices_do_without(machine, setting):
 
 def test_no_weight_is_served_where_it_is_not_in_use(machine):
     machine(Module(), table=CHECKED_90)
-    assert not serves(torch.ones(8, 8, dtype=torch.bfloat16))  # on the CPU
+    scales = torch.ones(1, 8, dtype=torch.bfloat16)
+    assert not serves(PlanarInt4(torch.ones(1, 8, 16, dtype=torch.int32), scales, None, None, 128))  # on the CPU
 
 
 WRONG_INTERFACE = Module()
@@ -137,7 +139,9 @@ def test_where_it_cannot_serve(machine, caplog, case):
     with caplog.at_level(logging.INFO):
         assert not in_use(GPU) and not in_use(GPU)
     (record,) = caplog.records
-    assert record.getMessage().startswith("generated rows run on Triton's linear: llama_fast._cuda ")
+    assert record.getMessage().startswith(
+        "generated rows of 4-bit weights run on Triton's int4_linear: llama_fast._cuda "
+    )
     machine(module, capability, table, "on")
     with pytest.raises(BackendError, match=f"{VARIABLE}=on cannot be: llama_fast._cuda .*{reason}; or set .*=off"):
         in_use(GPU)
@@ -182,6 +186,7 @@ assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, temperature=0.0))[
 print("served by", llm.engine.ops.__name__)
 import torch
 from llama_fast.errors import BackendError
+from llama_fast.kernels.int4_linear import PlanarInt4
 from llama_fast.ops import cuda_extension
 print(*cuda_extension.extension())
 os.environ["LLAMA_FAST_CUDA_EXTENSION"] = "on"
@@ -209,22 +214,17 @@ def _built():
     return module
 
 
+# Addresses and sizes of a call that never comes to run.
+_CALL = (16, 128, 1, 16, 16, 0, 0, 0, 16, 8, 128, 128, 0, False, 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_F16_a_launch_without_a_driver():
     """The built module imports anywhere, and says what is missing when it is asked to work."""
     module = _built()
-    for work in (module.load, lambda: module.linear(16, 8, 1, 16, 0, 0, 16, 8, 8, 0, False, 0)):
+    for work in (module.load, lambda: module.int4_linear(*_CALL)):
         with pytest.raises(RuntimeError, match=r"CUDA error (35|100|999) \(cudaError\w+: .*\); .*(driver|GPU)"):
             work()
-
-
-def test_the_built_module_refuses_a_tile_that_does_not_exist():
-    module = _built()
-    for tile in ((3, 1), (1, 3), (0, 1)):
-        with pytest.raises(ValueError, match="no kernel of . token tiles and . weight tiles$"):
-            module.linear(16, 8, 1, 16, 0, 0, 16, 8, 8, 0, False, 0, *tile)
-    with pytest.raises(ValueError, match="no kernel of 1 token tiles and 2 weight tiles with an activation"):
-        module.linear(16, 8, 1, 16, 0, 0, 16, 8, 8, 1, False, 0, 1, 2)
 
 
 def test_the_table_is_well_formed():
