@@ -259,6 +259,18 @@ def compare_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return [header, *rows]
 
 
+def quantization_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Perplexity, and divergence from the original, of int4 weights by plain and by calibrated rounding."""
+    header = ["model", "groups", "text", "perplexity", "plain int4", "KL", "calibrated", "KL", "calibrated to plain"]
+    rows = []
+    for r in (row for result in results for row in result["rows"]):
+        cells = [r["model"], r["layout"], r["text"], f"{r['original']['perplexity']:.3f}"]
+        for name in ("plain", "calibrated"):
+            cells += [f"{r[name]['perplexity']:.3f}", f"{r[name]['kl']:.5f}"]
+        rows.append([*cells, f"{r['calibrated']['kl'] / r['plain']['kl']:.0%} of its KL"])
+    return [header, *rows]
+
+
 def tables(folder: Path) -> str:
     """Markdown of all tables; what has no result file is not measured yet."""
     results = read_results(folder)
@@ -270,6 +282,7 @@ def tables(folder: Path) -> str:
         ("bench_latency", "", serving_rows(results.get("latency", []))),
         ("bench_throughput", "", serving_rows(results.get("throughput", []))),
         ("compare_cpu", "", compare_rows(results.get("compare_cpu", []))),
+        ("bench_quantization", "", quantization_rows(results.get("quantization", []))),
         ("gpu_report", "", target_rows(reports)),
         ("", "Whole models on a GPU", step_rows(reports)),
         ("", "", evidence_rows(results, _ROOT)),
