@@ -12,7 +12,7 @@ from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.engine.plan import check_weights
 from llama_fast.errors import CheckpointPathError, ConfigError, RequestError
 from llama_fast.model.calibration import calibrate
-from llama_fast.model.canary import CanaryResult, make_canary
+from llama_fast.model.canary import make_canary
 from llama_fast.model.divergence import Divergence, divergences, windows_of
 from llama_fast.model.llama import LlamaLM
 from llama_fast.model.loading import open_checkpoint, read_model
@@ -110,20 +110,22 @@ def quantize(
     original.prepare(ops)
     model = read_model(LlamaLM, rounding)
     model.prepare(ops)
-    found: list[Divergence | None] = [None, None, None]
+    before = plain = after = None
     if compares:
-        found[:2] = divergences((original, ops), [(original, ops), (model, ops)], compares, show_progress=show_progress)
+        before, plain = divergences(
+            (original, ops), [(original, ops), (model, ops)], compares, show_progress=show_progress
+        )
     if calibrates:
         model = read_model(LlamaLM, checkpoint)
         calibrate(model, config.scheme(), ops, calibrates, show_progress=show_progress)
         model.prepare(ops)
-        found[2:] = divergences((original, ops), [(model, ops)], compares, show_progress=show_progress)
+        (after,) = divergences((original, ops), [(model, ops)], compares, show_progress=show_progress)
     prompt = (compares[0] if compares else spread_ids(model.config.vocab_size))[:_CANARY_TOKENS]
     save_model(model, out, canary=make_canary(model, ops, prompt, original))
     defaults.save(out)
     _copy_side_files(folder, out)
     verified = verify_checkpoint(out, show_progress=show_progress)
-    return QuantizeReport(*found, checkpoint.files.total_bytes, verified.num_bytes, verified)
+    return QuantizeReport(before, plain, after, checkpoint.files.total_bytes, verified.num_bytes, verified)
 
 
 def _check_out(folder: Path, out: Path) -> None:
@@ -173,6 +175,3 @@ def _copy_side_files(folder: Path, out: Path) -> None:
         for path in folder.glob(pattern):
             copy: Callable[..., Any] = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, out / path.name)
-
-
-__all__ = ["CALIBRATION_TOKENS", "CanaryResult", "QuantizeReport", "quantize"]

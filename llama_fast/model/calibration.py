@@ -61,7 +61,7 @@ def calibrate(
         grams = _Grams(ops)
         sequences.layer(layer, hidden_states, grams)
         for name, gram in grams.by_projection(layer):
-            linear: nn.Linear = layer.get_submodule(name)  # type: ignore[assignment]
+            linear = cast(nn.Linear, layer.get_submodule(name))
             layout = scheme.layout_of(f"model.layers.{index}.{name}", linear.in_features)
             if layout is not None:
                 _replace(layer, name, _rounded(linear, layout, gram, model.dtype))

@@ -33,15 +33,17 @@ class Int4Tensors(NamedTuple):
 
 
 class Int4Format(Protocol):
-    """One way to store a projection.
+    """One way to store a projection."""
 
-    Attributes:
-        optional: suffixes of `tensors` that a file may leave out.
-        kept: whether the words are used as stored, so that they may stay mapped.
-    """
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Suffixes of `tensors` that a file may leave out."""
+        ...
 
-    optional: tuple[str, ...]
-    kept: bool
+    @property
+    def kept(self) -> bool:
+        """Whether the words are used as stored, so that they may stay mapped."""
+        ...
 
     def tensors(self, linear: Int4Linear, held: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """What a file holds of `linear`, by suffix, on the meta device; floats stand for floats of any size.

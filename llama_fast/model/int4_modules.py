@@ -110,7 +110,7 @@ def quantization_config(model: LlamaLM) -> dict[str, Any] | None:
         return None
     groups = {}
     for index, (layout, names) in enumerate(found.items()):
-        weights = {
+        weights: dict[str, Any] = {
             "actorder": None,
             "block_structure": None,
             "dynamic": False,

@@ -129,8 +129,9 @@ def read_model(model_class: type[ModelT], checkpoint: Checkpoint, *, load: str =
         OutOfMemoryError: the device ran out of memory.
     """
     model = checkpoint.empty_model(model_class)
-    places = {"dtype": checkpoint.dtype, "device": checkpoint.device}
-    load_weights(model, checkpoint.files, load=load, int4=checkpoint.int4, **places)
+    load_weights(
+        model, checkpoint.files, dtype=checkpoint.dtype, device=checkpoint.device, load=load, int4=checkpoint.int4
+    )
     return model.eval()
 
 

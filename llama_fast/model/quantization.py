@@ -256,9 +256,11 @@ def _gptq(where: str, content: Mapping[str, Any]) -> Int4Scheme:
     ordered = fields.flag("desc_act", False)
     head = fields.flag(_HEAD, False)
     inside = content.get("modules_in_block_to_quantize")
-    only = [name for names in inside for name in names] if _is_lists_of_names(inside) else None
-    if inside is not None and only is None:
-        raise ConfigError(f"{where} has modules_in_block_to_quantize={brief(inside)}; use a list of lists of names")
+    only: list[str] | None = None
+    if inside is not None:
+        if not _is_lists_of_names(inside):
+            raise ConfigError(f"{where} has modules_in_block_to_quantize={brief(inside)}; use a list of lists of names")
+        only = [name for names in inside for name in names]
 
     def layout_of(name: str, in_features: int) -> Layout | None:
         wanted = head if name == _HEAD else only is None or any(names_part(name, part) for part in only)

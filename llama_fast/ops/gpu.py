@@ -227,16 +227,17 @@ def warm_up_rows(weights: Sequence[LinearWeight], most: int) -> list[int]:
     if INTERPRETED:
         return []
     rows = {1, most}
-    for weight in weights:
-        if isinstance(packed := weight.weight, PlanarInt4):
-            table = configs.table_of(packed.words.device)
-            tiles = configs.int4_tiles(table, packed.scales.dtype, packed.group_size)
+    for prepared in weights:
+        weight = prepared.weight
+        if isinstance(weight, PlanarInt4):
+            tiles = configs.int4_tiles(configs.table_of(weight.words.device), weight.scales.dtype, weight.group_size)
             rows |= {last + 1 for last, _ in tiles if last is not None and last < most}
         else:
-            gated = isinstance(weight.activation, str)
-            out_features = weight.weight.shape[0] // (1 + gated)
-            table = configs.table_of(weight.weight.device)
-            rows |= set(configs.row_thresholds(table, weight.weight.dtype, gated, out_features, most))
+            gated = isinstance(prepared.activation, str)
+            out_features = weight.shape[0] // (1 + gated)
+            rows |= set(
+                configs.row_thresholds(configs.table_of(weight.device), weight.dtype, gated, out_features, most)
+            )
     return sorted(rows)
 
 

@@ -123,7 +123,7 @@ class Int4Linear(nn.Module):
         if f"{prefix}weight_packed" in state_dict and self._restore is not None:
             self.weight_packed.data = self.rows()
             self._restore = None
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
