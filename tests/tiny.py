@@ -6,11 +6,27 @@ from llama_fast.config import LlamaConfig
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
+from llama_fast.model.int4_modules import int4_module, linears
+from llama_fast.model.int4_rounding import round_weight
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend, shared
+from llama_fast.ops.int4 import pack_rows
 
 # The module whose functions an engine without `backend` calls here.
 OPS = select_backend("auto", torch.device("cpu"))
+
+
+def to_int4(model, group_size=32, *, symmetric=True, head=False):
+    """Round a model's projections in place; returns it."""
+    for name, linear in list(linears(model)):
+        if name == "lm_head" and not head:
+            continue
+        rounded, _ = round_weight(linear.weight, group_size, symmetric, model.dtype)
+        int4 = int4_module(pack_rows(rounded.values), rounded.scales, rounded.zeros, linear.bias)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, int4)
+    model.refresh()
+    return model
 
 
 class RecordingEngine(Engine):

@@ -197,3 +197,24 @@ def test_the_wide_stories_model(tmp_path):
     text = Path("../shared/data/text/tinystories_2MB.txt").read_text()[:60000]
     report = quantize(WIDE, tmp_path / "out", Int4Config(), text=text, calibration_tokens=4096)
     assert report.calibrated.kl < report.plain.kl and not report.verified.problems
+
+
+def test_one_projection_at_a_time_is_in_memory(monkeypatch):
+    """Beside the int4 model a load holds one float projection, whatever the model's size."""
+    import weakref
+
+    from llama_fast.model.checkpoint_files import CheckpointFiles
+
+    right, alive, most = CheckpointFiles.copy, [], []
+
+    def counted(self, name):
+        tensor = right(self, name)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(CheckpointFiles, "copy", counted)
+    model = LlamaForCausalLM.from_pretrained(DEMO, quantization="int4")
+    assert len(most) == len(list(int4_linears(model))) == 28
+    # The next one is read before the last one's name is taken by it.
+    assert max(most) <= 2
