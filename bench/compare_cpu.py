@@ -10,6 +10,9 @@ Ratios   ours to a peer's, and shares of a bound, are taken within a round; the 
 Checked  before anything is timed, each program's greedy tokens in every batch size are judged by transformers in fp32
          (by our reference if it is not installed): the tokens' logits must be the best, and their log probabilities
          the same, within bf16's roundings. What fails is not timed. Quantized files are other weights: not checked.
+Int4     with --weights int4 ours reads the same weights with the layers' projections rounded to 4-bit integers and the
+         head in bf16; llama.cpp reads its Q4_0, whose head it rounds to Q6_K; transformers takes no part. The bytes of
+         all files are told, since they differ. Ours is judged by our reference backend in fp32 on the rounded weights.
 Memory   peak resident above imported torch (llama.cpp: above its library) of a new process that loads and generates;
          mapped weights count.
 Overhead of the engine: what a decode step at batch 1 spends outside compiled functions, the backend's Python included;
@@ -32,7 +35,7 @@ from typing import Any
 import bench_generate
 import torch
 from compare_process import SETTLE_S
-from compare_programs import Programs, check, checkpoint
+from compare_programs import Programs, check, checkpoint, int4_checkpoint
 from compare_report import (
     LLAMA_CPP,
     OURS,
@@ -57,6 +60,7 @@ _ISA = ("avx", "avx2", "fma", "f16c", "amx", "asimd", "bf16", "i8mm", "sve")
 _EXAMPLES = """examples:
   python bench/compare_cpu.py --llama-cpp-python ~/peers/bin/python --out compare.json
   python bench/compare_cpu.py --programs llama_fast transformers --rounds 3
+  python bench/compare_cpu.py --weights int4 --group-size 32 --llama-cpp-python ~/peers/bin/python
   python bench/compare_cpu.py --programs llama_fast --profile profile.txt     where a decode step's time goes
   python bench/compare_cpu.py --shape tiny --rounds 1                         in a minute: does the bench work"""
 
@@ -92,8 +96,9 @@ def make_works(args: argparse.Namespace, vocab_size: int) -> list[Work]:
 class Bounds:
     """Bandwidth and FLOPs measured over and over, and what they allow."""
 
-    def __init__(self, model: LlamaLM) -> None:
-        self.model, self.weight_bytes = model, bench_generate.decode_weight_bytes(model)
+    def __init__(self, model: LlamaLM, served: LlamaLM | None = None) -> None:
+        # A word of int4 holds eight weights: FLOPs are counted from the model before it is rounded.
+        self.model, self.weight_bytes = model, bench_generate.decode_weight_bytes(served or model)
         small = self.weight_bytes < 2**27
         self._buffer_bytes, self._width = (2**26, 256) if small else (2**29, 1024)
         self.bandwidth: list[float] = []
@@ -137,19 +142,25 @@ def run(args: argparse.Namespace) -> int:
     folder = checkpoint(args.cache.expanduser(), args.shape, args.seed)
     model = load_model(LlamaLM, folder, dtype=None, device="cpu")
     works = make_works(args, model.config.vocab_size)
-    bounds = Bounds(model)
+    is_int4 = args.weights == "int4"
+    served = int4_checkpoint(folder, args.group_size) if is_int4 else folder
+    bounds = Bounds(model, load_model(LlamaLM, served, dtype=None, device="cpu") if is_int4 else None)
     load_average = os.getloadavg()[0]  # what else ran on the machine
     with ExitStack() as stack:
-        programs = Programs(args, folder, stack)
+        programs = Programs(args, folder, stack, served)
         programs.start()
         checks = check(programs, works, model.config.num_hidden_layers)
         where = cpu()
-        tqdm.write(f"{args.shape}, bfloat16, {args.threads} threads, {where['cores']} cores: {' '.join(where['isa'])}")
+        weights = f"int4 in groups of {args.group_size}" if is_int4 else "bfloat16"
+        tqdm.write(f"{args.shape}, {weights}, {args.threads} threads, {where['cores']} cores: {' '.join(where['isa'])}")
         for name, result in checks.items():
             tqdm.write(f"check    {name:16} {result}")
         if not programs.running:
             print("nothing to time: no program is there that passed its check", file=sys.stderr)
             return 1
+        weight_files = programs.weight_bytes()
+        for name, size in weight_files.items() if is_int4 else ():
+            tqdm.write(f"weights  {name:16} {size / 1e6:,.1f} MB on disk")
         bounds.print(works)
         rates, bound_rates, starts = measure(programs, works, bounds)
         overheads = measure_overhead(programs, works[0])
@@ -170,12 +181,15 @@ def run(args: argparse.Namespace) -> int:
             "bench": "compare_cpu",
             "model": args.shape,
             "dtype": "bfloat16",
+            "weights": args.weights,
+            "group_size": args.group_size if is_int4 else None,
             **{key: getattr(args, key) for key in ("rounds", "prompt_len", "output_len", "prefill_len")},
             **where,
             "programs": programs.versions,
             "checks": checks,
             "left_out": programs.left_out,
             "weight_bytes": bounds.weight_bytes,
+            "weight_file_bytes": weight_files,
             "cache_bytes": cache_bytes,
             "read_bytes_per_s": Summary.of(bounds.bandwidth),
             "linear_flops_per_s": Summary.of(bounds.flops),
@@ -271,6 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output-len", type=int, default=32, metavar="N", help="timed decode steps (default: %(default)s)")
     add("--prefill-len", type=int, default=512, metavar="N", help="tokens of the long prompt (default: %(default)s)")
     add("--quantized", action="store_true", help="time llama.cpp's Q8_0 and Q4_0 of the weights too, for information")
+    add(
+        "--weights", choices=("bf16", "int4"), default="bf16", help="of llama_fast and its peers (default: %(default)s)"
+    )
+    add("--group-size", type=int, choices=(32, 64, 128), default=128, help="of int4 (default: %(default)s)")
     add("--profile", type=Path, metavar="FILE", help="write a cProfile of one run of llama_fast at batch 1")
     add("--cache", type=Path, default=home, metavar="FOLDER", help="of the model's files (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="write the JSON line there too")

@@ -16,10 +16,16 @@ from compare_report import LLAMA_CPP, OURS, TRANSFORMERS
 from shapes import SHAPES, write_checkpoint
 from tqdm import tqdm
 
+from llama_fast.model.llama import LlamaLM
+from llama_fast.model.loading import load_model
+from llama_fast.model.quantization import Int4Config
+from llama_fast.model.saving import save_model
+
 CHECKED_TOKENS = 4
 INSTALL = {LLAMA_CPP: "pip install llama-cpp-python gguf", TRANSFORMERS: "pip install transformers"}
 _GGUF = Path(__file__).resolve().with_name("gguf_file.py")
 _GGUF_VERSION = 1  # of what gguf_file.py writes: raise it when that changes
+_INT4_VERSION = 1  # of how weights are rounded
 
 
 def note(text: str) -> None:
@@ -61,26 +67,47 @@ def gguf_file(python: str, folder: Path, kind: str = "bf16") -> Path:
     return path
 
 
+def int4_checkpoint(folder: Path, group_size: int) -> Path:
+    """The checkpoint's projections rounded to 4-bit integers, in a folder beside it, made if it is not there whole."""
+    path = folder.with_name(f"int4-group{group_size}-v{_INT4_VERSION}")
+    if not path.exists():
+        note(f"writing {path}")
+        partial = path.with_name(path.name + ".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        config = Int4Config(group_size)
+        save_model(load_model(LlamaLM, folder, dtype=None, device="cpu", quantization=config), partial)
+        partial.rename(path)
+    return path
+
+
+def file_bytes(path: Path) -> int:
+    """Of a program's weights: a GGUF file, or a folder's safetensors."""
+    return sum(file.stat().st_size for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
+
+
 class Programs:
     """The processes to compare; what is absent or fails is named in `left_out` and takes no further part.
 
     Args:
         args: compare_cpu.py's.
-        folder: of the checkpoint.
+        folder: of the checkpoint in bf16.
+        served: what llama_fast reads: that, or the same in int4.
         stack: ends the processes.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
-        self.args, self.folder, self.stack = args, folder, stack
+    def __init__(self, args: argparse.Namespace, folder: Path, stack: ExitStack, served: Path | None = None) -> None:
+        self.args, self.folder, self.served, self.stack = args, folder, served or folder, stack
         self.running: dict[str, Process] = {}
         self.versions: dict[str, dict[str, str]] = {}
         self.left_out: dict[str, str] = {}
         self.any_failed = False
         self.models: dict[str, tuple[str, str]] = {}  # name -> program of compare_workers.py, kind of GGUF file
         for program in args.programs:
-            self.models[program] = (program, "bf16" if program == LLAMA_CPP else "")
-            if program == LLAMA_CPP and args.quantized:
-                self.models |= {f"{program} {kind}": (program, kind) for kind in ("q8_0", "q4_0")}
+            if args.weights == "bf16" or program == OURS:
+                self.models[program] = (program, "bf16" if program == LLAMA_CPP else "")
+            kinds = ("q8_0", "q4_0") if args.quantized else ("q4_0",) if args.weights == "int4" else ()
+            if program == LLAMA_CPP:
+                self.models |= {f"{program} {kind}": (program, kind) for kind in kinds}
 
     def new(self, name: str) -> Process:
         """One more process of that program, with nothing loaded.
@@ -88,11 +115,21 @@ class Programs:
         Raises:
             Absent, Failed: see `gguf_file`.
         """
-        program, kind = self.models[name]
+        program, _ = self.models[name]
+        python = self._python(program)
+        return Process(python, program, self._model(name), self.args.threads, "--backend", self.args.backend)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Of the file or files that each running program has loaded."""
+        return {name: file_bytes(self._model(name)) for name in self.running}
+
+    def _python(self, program: str) -> str:
         pythons = {LLAMA_CPP: self.args.llama_cpp_python, TRANSFORMERS: self.args.transformers_python}
-        python = pythons.get(program, sys.executable)
-        model = gguf_file(python, self.folder, kind) if kind else self.folder
-        return Process(python, program, model, self.args.threads, "--backend", self.args.backend)
+        return pythons.get(program, sys.executable)
+
+    def _model(self, name: str) -> Path:
+        program, kind = self.models[name]
+        return gguf_file(self._python(program), self.folder, kind) if kind else self.served
 
     def start(self) -> None:
         for name in self.models:
@@ -129,17 +166,18 @@ class Programs:
 
 @contextmanager
 def judge(programs: Programs) -> Iterator[tuple[str, Process]]:
-    """A program in fp32 that judges the others, and what it is."""
-    args, folder = programs.args, programs.folder
+    """A program in fp32 that judges the others, and what it is; of int4 weights it is our reference backend."""
+    args, folder = programs.args, programs.served
     options = ["--dtype", "float32", "--backend", "reference"]
-    with Process(args.transformers_python, TRANSFORMERS, folder, args.threads, *options) as process:
-        try:
-            process.ask("load")
-        except Absent:
-            pass
-        else:
-            yield "transformers in float32", process
-            return
+    if args.weights == "bf16":
+        with Process(args.transformers_python, TRANSFORMERS, folder, args.threads, *options) as process:
+            try:
+                process.ask("load")
+            except Absent:
+                pass
+            else:
+                yield "transformers in float32", process
+                return
     with Process(sys.executable, OURS, folder, args.threads, *options) as process:
         yield "llama_fast's reference in float32", process
 

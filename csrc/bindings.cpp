@@ -130,21 +130,25 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native CPU kernels of llama_fast; use them through llama_fast.ops.cpu.";
 
     // llama_fast/ops/native.py refuses another number: change both with any change of a signature or of an order.
-    module.attr("interface") = 2;
+    module.attr("interface") = 3;
     module.def("instruction_sets", &instruction_sets, "Names of the instruction sets that run here, best first.");
     module.def("selected", [] { return std::string(kernels().name); }, "The instruction set in use.");
     module.def("select", &select_kernels, py::arg("name"), "Use another instruction set; ValueError if it cannot run.");
 
     py::class_<LinearWeight>(module, "LinearWeight", "Projections of one input, where they lie in memory.")
-        .def(py::init(
-                 [](int dtype, int64_t in_features, const std::vector<std::tuple<Address, Address, int64_t>>& parts) {
-                     LinearWeight weight{static_cast<DType>(dtype), in_features, {}};
-                     for (const auto& [matrix, bias, out_features] : parts) {
-                         weight.parts.push_back({at<void>(matrix), at<void>(bias), out_features});
-                     }
-                     return weight;
-                 }),
-             py::arg("dtype"), py::arg("in_features"), py::arg("parts"));
+        .def(py::init([](int dtype, int64_t in_features, int64_t group_size,
+                         const std::vector<std::tuple<Address, Address, int64_t, Address, Address>>& parts) {
+                 if (group_size != 0 && group_size != 32 && group_size != 64 && group_size != 128) {
+                     throw std::invalid_argument("group_size " + std::to_string(group_size));
+                 }
+                 LinearWeight weight{static_cast<DType>(dtype), in_features, group_size, {}};
+                 for (const auto& [matrix, bias, out_features, scales, zeros] : parts) {
+                     weight.parts.push_back(
+                         {at<void>(matrix), at<void>(bias), out_features, at<void>(scales), at<uint8_t>(zeros)});
+                 }
+                 return weight;
+             }),
+             py::arg("dtype"), py::arg("in_features"), py::arg("group_size"), py::arg("parts"));
 
     py::class_<Pages>(module, "Pages", "One layer's K and V in the paged cache.")
         .def(py::init([](Address k, Address v, int64_t page_stride, int64_t head_stride, int64_t num_pages,

@@ -19,7 +19,8 @@ LLAMA_FAST_CXXFLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined -fn
 # Python itself is not built with the sanitizer: its runtime has to come first, and Python's own leaks do not count.
 runtimes="$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libubsan.so):$($cxx -print-file-name=libstdc++.so)"
 LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$PWD \
-    python -m pytest -p no:cacheprovider tests/ops/test_cpu_accuracy.py tests/ops/test_cpu_one_answer.py "$@"
+    python -m pytest -p no:cacheprovider tests/ops/test_cpu_accuracy.py tests/ops/test_cpu_one_answer.py \
+    tests/ops/test_cpu_int4.py "$@"
 
 $cxx -std=c++20 -O1 -g -fsanitize=thread -pthread csrc/cpu/thread_pool.cpp csrc/cpu/thread_pool_test.cpp \
     -o "$scratch/thread_pool_test"

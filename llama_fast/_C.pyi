@@ -3,7 +3,10 @@ from collections.abc import Sequence
 # Addresses are `Tensor.data_ptr()`, 0 for none; meanings and shapes: csrc/cpu/calls.h.
 
 class LinearWeight:
-    def __init__(self, dtype: int, in_features: int, parts: Sequence[tuple[int, int, int]]) -> None: ...
+    # A part: weight, bias, out_features, scales, zeros.
+    def __init__(
+        self, dtype: int, in_features: int, group_size: int, parts: Sequence[tuple[int, int, int, int, int]]
+    ) -> None: ...
 
 class Pages:
     def __init__(

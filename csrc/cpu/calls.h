@@ -36,17 +36,22 @@ enum class Activation : int {
     tanh,
 };
 
-// weight [out_features, in_features], bias [out_features] or null, as the checkpoint's file holds them.
+// weight [out_features, in_features], bias [out_features] or null, as the checkpoint's file holds them. Of 4-bit
+// integers: weight uint32 [out_features, in_features / 8], nibble i of a row's word l is input feature 8 * l + i;
+// scales [out_features, groups] in the weight's dtype; zeros [out_features, groups], 0 to 16, or null: 8 throughout.
 struct LinearPart {
     const void* weight;
     const void* bias;
     int64_t out_features;
+    const void* scales = nullptr;
+    const uint8_t* zeros = nullptr;
 };
 
-// Projections of one input; their outputs stand beside each other.
+// Projections of one input; their outputs stand beside each other. dtype: of x, outputs, biases, and weights or scales.
 struct LinearWeight {
     DType dtype;
     int64_t in_features;
+    int64_t group_size;  // 32, 64 or 128 input features that share a scale of 4-bit integers; 0: weights are of dtype
     std::vector<LinearPart> parts;
 
     int64_t out_features() const {

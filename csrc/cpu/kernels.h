@@ -2,6 +2,8 @@
 // namespace: the linker must not merge functions that were compiled for different instruction sets.
 #include "vector_math.h"
 #include "elementwise.h"
+#include "dense.h"
+#include "int4.h"
 #include "linear.h"
 #include "attention.h"
 #include "sample.h"

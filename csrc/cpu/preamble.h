@@ -40,6 +40,8 @@ enum ScratchSlot {
     kLaidOutRows,
     kLaidOutWeight,
     kTileSums,
+    kScales,
+    kSecondScales,
     kAccumulators,
     kPartials,
     kRunnings,

@@ -107,6 +107,82 @@ struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a ma
     static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return Vec::multiply_add(a, b, sum); }
 };
 
+// A number for each group of kGroupWords lanes.
+template <int kGroupWords>
+Vec::Floats spread(const float* p) {
+    if constexpr (kGroupWords >= 8) return _mm256_broadcast_ss(p);
+    return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p));
+}
+
+// The numbers 0 to 15 less each zero as bf16, which holds them all: the upper and the lower byte, for vpshufb.
+struct NibbleTables {
+    alignas(16) uint8_t high[17][16] = {}, low[17][16] = {};
+
+    constexpr NibbleTables() {
+        for (int zero = 0; zero < 17; ++zero) {
+            for (int i = 0; i < 16; ++i) {
+                const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(i - zero));
+                high[zero][i] = static_cast<uint8_t>(bits >> 24);
+                low[zero][i] = static_cast<uint8_t>(bits >> 16);
+            }
+        }
+    }
+};
+constexpr NibbleTables kNibbleTables;
+
+// How `linear` reads 4-bit integers: a register of words gives eight of floats. The low and then the high nibbles of
+// all bytes are looked up, upper and lower bytes of two words of each half of the register paired, even and odd pairs
+// widened: 19 instructions, where a nibble shifted up, shifted down and converted takes three.
+struct FloatNibbles {
+    using Register = __m256;
+    using Number = float;  // of a register's lanes
+    static constexpr int phases = 8;
+    template <int kGroupWords>
+    static constexpr bool takes_zeros = true;
+
+    // Which input feature of the words' 64 a lane of a register holds.
+    static constexpr int feature(int phase, int lane) {
+        const int word = lane / 4 * 4 + phase / 2 % 2 * 2 + lane % 4 / 2, byte = lane % 2 * 2 + phase % 2;
+        return 8 * word + 2 * byte + phase / 4;
+    }
+
+    // function(register, phase as a type) for each, nibbles less zeros (8 without kZeros).
+    template <int kGroupWords, bool kZeros, class Function>
+    __attribute__((always_inline)) static void unpack(const uint32_t* words, const float* zeros,
+                                                      const Function& function) {
+        const __m256i high = table<kGroupWords, kZeros>(kNibbleTables.high, zeros);
+        const __m256i low = table<kGroupWords, kZeros>(kNibbleTables.low, zeros);
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+        const __m256i mask = _mm256_set1_epi8(15);
+        half<0>(_mm256_and_si256(raw, mask), high, low, function);
+        half<4>(_mm256_and_si256(_mm256_srli_epi32(raw, 4), mask), high, low, function);
+    }
+    static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return Vec::multiply_add(a, b, sum); }
+
+   private:
+    template <int kGroupWords, bool kZeros>
+    __attribute__((always_inline)) static __m256i table(const uint8_t (&tables)[17][16], const float* zeros) {
+        const auto of = [&](int zero) { return _mm_load_si128(reinterpret_cast<const __m128i*>(tables[zero])); };
+        if constexpr (!kZeros) return _mm256_broadcastsi128_si256(of(8));
+        const __m128i first = of(static_cast<int>(zeros[0]));
+        if constexpr (kGroupWords >= 8) return _mm256_broadcastsi128_si256(first);
+        return _mm256_set_m128i(of(static_cast<int>(zeros[1])), first);
+    }
+    template <int phase, class Function>
+    __attribute__((always_inline)) static void half(__m256i index, __m256i high, __m256i low,
+                                                    const Function& function) {
+        const __m256i upper = _mm256_shuffle_epi8(high, index), lower = _mm256_shuffle_epi8(low, index);
+        pair<phase>(_mm256_unpacklo_epi8(lower, upper), function);
+        pair<phase + 2>(_mm256_unpackhi_epi8(lower, upper), function);
+    }
+    template <int phase, class Function>
+    __attribute__((always_inline)) static void pair(__m256i bf16s, const Function& function) {
+        function(_mm256_castsi256_ps(_mm256_slli_epi32(bf16s, 16)), std::integral_constant<int, phase>());
+        const __m256i odd = _mm256_and_si256(bf16s, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+        function(_mm256_castsi256_ps(odd), std::integral_constant<int, phase + 1>());
+    }
+};
+
 // Tiles of `linear`, from bench/results/cpu-experiments.md; 16 registers hold the sums, the weights and an
 // activation. Rows of a tile that reads weights where they lie, and its columns by rows:
 constexpr int kDirectRows = 3;
@@ -120,3 +196,7 @@ constexpr int64_t kPackedRows = 64;
 constexpr int64_t kPackedDepth = 64;  // registers of a row that a tile takes at a time: x and weights stay in L1
 constexpr int64_t kPackedBlockColumns = 48;
 constexpr int64_t kGroupRows = 192;
+// Likewise for weights of 4-bit integers.
+constexpr int kInt4Rows = 4;
+constexpr int kInt4Columns[kInt4Rows + 1] = {0, 4, 3, 2, 2};
+constexpr int64_t kInt4PackedRows = 128;

@@ -114,6 +114,98 @@ struct Operand<bf16> {  // the even elements, then the odd ones: a shift or a ma
 };
 #endif
 
+// A number for each group of kGroupWords lanes.
+template <int kGroupWords>
+Vec::Floats spread(const float* p) {
+    if constexpr (kGroupWords == 16) return _mm512_set1_ps(*p);
+    if constexpr (kGroupWords == 8) return _mm512_mask_broadcastss_ps(_mm512_set1_ps(*p), 0xff00, _mm_load_ss(p + 1));
+    const __m512i group = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(group, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+
+// The numbers 0 to 15 less each zero, for vpermps and vpermw. These look at the low 4 and 5 bits of an index only, so
+// that a shift alone takes a nibble out; bf16s' second half repeats the first.
+struct NibbleTables {
+    alignas(64) float floats[17][16] = {};
+    alignas(64) uint16_t bf16s[17][32] = {};
+
+    constexpr NibbleTables() {
+        for (int zero = 0; zero < 17; ++zero) {
+            for (int i = 0; i < 32; ++i) {
+                const float value = static_cast<float>(i % 16 - zero);
+                floats[zero][i % 16] = value;
+                bf16s[zero][i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);  // nothing is cut off
+            }
+        }
+    }
+};
+constexpr NibbleTables kNibbleTables;
+
+// function(i, as a type) for i = 0, ..., count - 1.
+template <int count, class Function>
+__attribute__((always_inline)) inline void unrolled(const Function& function) {
+    if constexpr (count > 0) {
+        unrolled<count - 1>(function);
+        function(std::integral_constant<int, count - 1>());
+    }
+}
+
+// How `linear` reads 4-bit integers: a register of words gives one of floats for each nibble, from the lowest.
+struct FloatNibbles {
+    using Register = __m512;
+    using Number = float;  // of a register's lanes
+    static constexpr int phases = 8;
+    template <int kGroupWords>
+    static constexpr bool takes_zeros = true;
+
+    // Which input feature of the words' 128 a lane of a register holds.
+    static constexpr int feature(int phase, int lane) { return 8 * lane + phase; }
+
+    // function(register, phase as a type) for each, nibbles less zeros (8 without kZeros).
+    template <int kGroupWords, bool kZeros, class Function>
+    __attribute__((always_inline)) static void unpack(const uint32_t* words, const float* zeros,
+                                                      const Function& function) {
+        constexpr bool one_zero = kZeros && kGroupWords == 16;
+        const int zero = one_zero ? static_cast<int>(*zeros) : kZeros ? 0 : 8;
+        const Register table = _mm512_load_ps(kNibbleTables.floats[zero]);
+        const __m512i raw = _mm512_loadu_si512(words);
+        unrolled<phases>([&](auto phase) __attribute__((always_inline)) {
+            const Register value = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4 * phase()), table);
+            if constexpr (kZeros && !one_zero) {
+                function(_mm512_sub_ps(value, spread<kGroupWords>(zeros)), phase);
+            } else {
+                function(value, phase);
+            }
+        });
+    }
+    static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return Vec::multiply_add(a, b, sum); }
+};
+
+#ifdef WITH_AVX512_BF16
+// Half a word in each of 32 lanes; one table serves them all, so groups of fewer than 128 have no zeros of their own.
+struct Bf16Nibbles {
+    using Register = __m512bh;
+    using Number = bf16;
+    static constexpr int phases = 4;
+    template <int kGroupWords>
+    static constexpr bool takes_zeros = kGroupWords == 16;
+
+    static constexpr int feature(int phase, int lane) { return 4 * lane + phase; }
+
+    template <int kGroupWords, bool kZeros, class Function>
+    __attribute__((always_inline)) static void unpack(const uint32_t* words, const float* zeros,
+                                                      const Function& function) {
+        const __m512i table = _mm512_load_si512(kNibbleTables.bf16s[kZeros ? static_cast<int>(*zeros) : 8]);
+        const __m512i raw = _mm512_loadu_si512(words);
+        unrolled<phases>([&](auto phase) __attribute__((always_inline)) {
+            const __m512i index = _mm512_srli_epi16(raw, 4 * phase());
+            function((__m512bh)_mm512_permutexvar_epi16(index, table), phase);
+        });
+    }
+    static Vec::Floats multiply_add(Register a, Register b, Vec::Floats sum) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+#endif
+
 // Tiles of `linear`; 32 registers hold the sums, the weights and an activation. Rows of a tile that reads weights where
 // they lie, and its columns by rows:
 constexpr int kDirectRows = 5;
@@ -126,3 +218,7 @@ constexpr int64_t kPackedRows = 16;
 constexpr int64_t kPackedDepth = 32;  // registers of a row that a tile takes at a time: x and weights stay in L1
 constexpr int64_t kPackedBlockColumns = 60;
 constexpr int64_t kGroupRows = 160;
+// Likewise for weights of 4-bit integers.
+constexpr int kInt4Rows = 5;
+constexpr int kInt4Columns[kInt4Rows + 1] = {0, 6, 4, 3, 3, 2};
+constexpr int64_t kInt4PackedRows = 16;

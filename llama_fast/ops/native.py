@@ -12,7 +12,7 @@ from llama_fast.errors import BackendError
 # The instruction set to use instead of the best one, for tests and for machines whose wide registers are slow.
 ISA_VARIABLE = "LLAMA_FAST_CPU_ISA"
 # Of csrc/bindings.cpp. A module of an earlier installation would take addresses in another order.
-INTERFACE = 2
+INTERFACE = 3
 
 
 @lru_cache

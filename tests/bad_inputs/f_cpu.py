@@ -27,6 +27,7 @@ from llama_fast.errors import BackendError, KernelArgumentError
 from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import LayerPages
 from llama_fast.ops import cpu, reference
+from llama_fast.ops.int4 import Int4Linear
 from llama_fast.ops.native import ISA_VARIABLE, native
 from llama_fast.ops.reference_sample import SamplingBatch
 from tests.bad_inputs.harness import check, refused
@@ -212,6 +213,81 @@ def F02_native_shapes_of_linear(_: Path) -> None:
         refuse_call(name, "norm weight", norm=normal(HIDDEN + 1))
     two = [projection(normal(OUTS, HIDDEN)), projection(normal(OUTS, HIDDEN - 1))]
     refused(KernelArgumentError, lambda: cpu.prepare_linear(two), "one input")
+
+
+def quantized(outs: int = OUTS, ins: int = 64, group_size: int = 32, **changes: Any) -> Int4Linear:
+    """A projection of 4-bit integers with some parameters in another's place."""
+    module = Int4Linear(ins, outs, group_size=group_size, symmetric=False, bias=True)
+    generator = torch.Generator().manual_seed(outs)
+    fields: dict[str, Any] = {
+        "weight_packed": torch.randint(-(2**31), 2**31, (outs, ins // 8), dtype=torch.int32, generator=generator),
+        "weight_scale": normal(outs, ins // group_size),
+        "weight_zero_point": torch.full((outs, ins // group_size), 7, dtype=torch.uint8),
+        "bias": normal(outs),
+    }
+    for name, tensor in {**fields, **changes}.items():
+        setattr(module, name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+def refuse_int4(*needles: str, beside: tuple[Any, ...] = (), **changes: Any) -> None:
+    parts = [*beside, quantized(**changes)]
+    refused(KernelArgumentError, lambda: cpu.prepare_linear(parts), "prepare_linear", *needles)
+
+
+def F01_native_int4_dtypes(_: Path) -> None:
+    good = quantized()
+    for dtype in (torch.int64, torch.uint8, torch.float32, torch.bool):
+        refuse_int4("weight_packed", "torch.int32", weight_packed=good.weight_packed.to(dtype))
+    for dtype in (torch.float64, torch.int32, torch.complex64, torch.bool):
+        refuse_int4("weight_scale", str(dtype), weight_scale=good.weight_scale.to(dtype))
+    for dtype in (torch.int8, torch.int32, torch.float32):
+        refuse_int4("weight_zero_point", "torch.uint8", weight_zero_point=good.weight_zero_point.to(dtype))
+    refuse_int4("bias", "torch.float16", bias=good.bias.half())
+    refuse_int4("weight_scale", "torch.float16", beside=(good,), weight_scale=good.weight_scale.half(), bias=None)
+    refused(KernelArgumentError, lambda: cpu.linear(normal(3, 64).half(), cpu.prepare_linear([good])), "torch.float16")
+
+
+def F02_native_int4_shapes(_: Path) -> None:
+    good = quantized()
+    for name in ("weight_packed", "weight_scale", "weight_zero_point"):
+        tensor = getattr(good, name)
+        for bad in (tensor[:-1], tensor[:, :-1], tensor[None], tensor[0], torch.cat((tensor, tensor), 1), tensor[:0]):
+            refuse_int4(name, "(8, 64)", **{name: bad})
+    for bad in (good.bias[:-1], good.bias[None]):
+        refuse_int4("bias", bias=bad)
+    refuse_int4("one input", beside=(good,), ins=96)
+    refuse_int4("groups of 64 beside 32", beside=(good,), group_size=64)
+    odd = quantized()
+    odd.group_size = 16
+    refused(KernelArgumentError, lambda: cpu.prepare_linear([odd]), "groups of 16", "32, 64, 128")
+    for dense in ((good, projection(normal(OUTS, 64))), (projection(normal(OUTS, 64)), good)):
+        refused(KernelArgumentError, lambda dense=dense: cpu.prepare_linear(dense), "1 of 2 parts are quantized")
+    refused(KernelArgumentError, lambda: cpu.linear(normal(3, 96), cpu.prepare_linear([good])), "64")
+
+
+def F03_native_int4_meta(_: Path) -> None:
+    good = quantized()
+    for name in ("weight_packed", "weight_scale", "weight_zero_point", "bias"):
+        refuse_int4("meta", **{name: getattr(good, name).to("meta")})
+
+
+def F06_native_int4_nothing(_: Path) -> None:
+    """No tokens, no outputs."""
+    for outs, rows in ((OUTS, 0), (0, 3), (0, 0)):
+        got = cpu.linear(normal(rows, 64), cpu.prepare_linear([quantized(outs)]))
+        check(got.shape == (rows, outs), f"{tuple(got.shape)}")
+
+
+def F10_native_int4_zeros(_: Path) -> None:
+    """A zero is a place in a table."""
+    for value in (17, 255):
+        zeros = torch.full((OUTS, 2), 7, dtype=torch.uint8)
+        zeros[-1, -1] = value
+        refuse_int4("weight_zero_point", str(value), "0 to 16", weight_zero_point=zeros)
+    weight = cpu.prepare_linear([changed := quantized()])
+    changed.weight_zero_point.data.fill_(255)  # behind the kernel's back: a wrong result, but not another's memory
+    check(cpu.linear(normal(3, 64), weight).isfinite().all().item(), "not finite")
 
 
 def F02_native_gate_and_up(_: Path) -> None:

@@ -100,6 +100,34 @@ def test_smoke_prints_the_bound_first_and_json_last(cache, tmp_path):
     assert "Ordered by: internal time" in profile.read_text()
 
 
+def test_int4_is_beside_llama_cpps_file_of_four_bits(cache, tmp_path):
+    out = tmp_path / "result.json"
+    arguments = [*SIZES, "--weights", "int4", "--group-size", "32", "--out", str(out)]
+    done = subprocess.run(command(cache, *arguments), capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines, result = done.stdout.splitlines(), json.loads(out.read_text())
+    assert lines[1].startswith("tiny, int4 in groups of 32, 1 threads")
+    assert result["checks"].keys() == {"llama_fast"}
+    assert result["checks"]["llama_fast"].startswith("passed")
+    assert result["left_out"].keys() == {"llama.cpp q4_0"}
+    assert (result["weights"], result["group_size"]) == ("int4", 32)
+    # The projections a quarter and a scale for each group, embedding and head whole.
+    folder = cache / "tiny-seed0" / "checkpoint"
+    whole = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
+    rounded = sum(size for name, size in whole.items() if "_proj" in name)
+    expected = sum(whole.values()) - rounded + rounded // 4 + rounded // 32
+    size = result["weight_file_bytes"]["llama_fast"]
+    assert expected < size < expected + 20_000
+    assert any(line.split() == ["weights", "llama_fast", f"{size / 1e6:,.1f}", "MB", "on", "disk"] for line in lines)
+    assert result["weight_bytes"] <= size
+
+
+def test_programs_of_int4(part):
+    args = types.SimpleNamespace(programs=["llama_fast", "llama.cpp", "transformers"], quantized=False, weights="int4")
+    compared = part("compare_programs").Programs(args, Path(), ExitStack())
+    assert compared.models == {"llama_fast": ("llama_fast", ""), "llama.cpp q4_0": ("llama.cpp", "q4_0")}
+
+
 def test_ctrl_c_ends_every_process(cache):
     driver = subprocess.Popen(
         command(cache, "--programs", "llama_fast"),
@@ -208,7 +236,7 @@ class Pretended:
 
 def test_another_model_is_refused_and_left_out(bench, part, monkeypatch, capsys):
     programs = part("compare_programs")
-    args = types.SimpleNamespace(programs=["llama_fast", "llama.cpp", "transformers"], quantized=True)
+    args = types.SimpleNamespace(programs=["llama_fast", "llama.cpp", "transformers"], quantized=True, weights="bf16")
     compared = programs.Programs(args, Path(), ExitStack())
     assert list(compared.models) == ["llama_fast", "llama.cpp", "llama.cpp q8_0", "llama.cpp q4_0", "transformers"]
     # Allowed at one layer: 4 * sqrt(12) / 512 = 0.027.
@@ -238,7 +266,7 @@ def test_a_token_behind_the_best_is_off(part):
 
 
 def test_every_program_is_first_in_turn(part):
-    args = types.SimpleNamespace(programs=["llama_fast", "transformers"], quantized=False)
+    args = types.SimpleNamespace(programs=["llama_fast", "transformers"], quantized=False, weights="bf16")
     compared = part("compare_programs").Programs(args, Path(), ExitStack())
     compared.running = {"llama_fast": Pretended(0), "transformers": Pretended(0)}
     assert [next(compared.turns(turn))[0] for turn in range(3)] == [
@@ -374,6 +402,8 @@ def test_help_has_examples(bench, capsys):
         (["--output-len", "0"], "--output-len 0: give at least 1"),
         (["--llama-cpp-python", "/no/python"], "--llama-cpp-python /no/python: no such program"),
         (["--programs", "vllm"], "invalid choice: 'vllm'"),
+        (["--weights", "int8"], "invalid choice: 'int8'"),
+        (["--group-size", "16"], "invalid choice: 16"),
     ],
 )
 def test_wrong_usage(bench, capsys, arguments, message):
