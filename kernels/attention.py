@@ -28,6 +28,7 @@ from torch import Tensor
 from llama_fast.kernels import configs
 from llama_fast.kernels.arguments import check_devices, check_integers, check_tensors, refuse
 from llama_fast.kernels.batch_checks import check_indices
+from llama_fast.kernels.overlap import begin, options
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -109,7 +110,9 @@ def _prompt_kernel(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     index = tl.arange(0, INDEX)
     starts = tl.load(query_starts_ptr + index, index < num_seqs, other=0).to(tl.int32)
     ends = tl.load(query_starts_ptr + 1 + index, index < num_seqs, other=0).to(tl.int32)
@@ -189,7 +192,9 @@ def _generated_kernel(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     # The work list: splits of all sequences in order, dealt out to however many programs there are.
     index = tl.arange(0, INDEX)
     slots = tl.load(slots_ptr + index, index < num_seqs, other=-1).to(tl.int32)
@@ -240,8 +245,10 @@ def _merge_kernel(
     SPLIT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Merges the splits of one head of one sequence in ascending order."""
+    begin(OVERLAP)
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     index = tl.arange(0, INDEX)
     splits = tl.load(slots_ptr + index, index < seq, other=-1).to(tl.int32) // SPLIT + 1
@@ -304,7 +311,8 @@ def _prompt(q: Tensor, out: Tensor, pages: LayerPages, batch: Batch) -> None:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_seqs = pages.k.shape[1], batch.seq_lens.shape[0]
     group = num_heads // num_kv_heads
-    tile = configs.prompt_attention_tile(configs.table_of(q.device), q.dtype, head_dim)
+    table = configs.table_of(q.device)
+    tile = configs.prompt_attention_tile(table, q.dtype, head_dim)
     # At most one tile of a sequence is not full.
     most_tiles = num_tokens * group // tile.block_m + num_seqs
     _prompt_kernel[(most_tiles, num_kv_heads)](
@@ -331,6 +339,7 @@ def _prompt(q: Tensor, out: Tensor, pages: LayerPages, batch: Batch) -> None:
         _block_d(head_dim),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **options(table),
     )
 
 
@@ -369,6 +378,7 @@ def _generated(q: Tensor, out: Tensor, pages: LayerPages, batch: Batch) -> None:
         _block_d(head_dim),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **options(table),
     )
     _merge_kernel[(num_seqs, num_heads)](
         partial,
@@ -382,6 +392,7 @@ def _generated(q: Tensor, out: Tensor, pages: LayerPages, batch: Batch) -> None:
         index,
         _block_d(head_dim),
         num_warps=1,
+        **options(table),
     )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from llama_fast.kernels import configs
 from llama_fast.kernels.arguments import check_devices, check_tensors, refuse
 from llama_fast.kernels.linear import finish
+from llama_fast.kernels.overlap import begin, options
 from llama_fast.kernels.silu_mul import ACTIVATIONS, activate
 
 if TYPE_CHECKING:
@@ -200,7 +201,9 @@ def _int4_linear_kernel(
     GROUP: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     # With an activation the first half of a tile is gate's and the second up's, so that one loop serves both.
     TILE_OUT: tl.constexpr = BLOCK_OUT if ACTIVATION is None else BLOCK_OUT // 2
     # As in linear: programs that share a block of rows, or a tile of the weight, are neighbours.
@@ -297,7 +300,8 @@ def int4_linear(
     out = torch.empty((num_rows, out_features), dtype=out_dtype or x.dtype, device=x.device)
     if not out.numel():
         return out
-    tile = configs.int4_tile(configs.table_of(x.device), x.dtype, packed.group_size, num_rows)
+    table = configs.table_of(x.device)
+    tile = configs.int4_tile(table, x.dtype, packed.group_size, num_rows)
     tile_out = tile.block_out if activation is None else tile.block_out // 2
     _int4_linear_kernel[(triton.cdiv(out_features, tile_out) * triton.cdiv(num_rows, tile.block_rows),)](
         x,
@@ -319,6 +323,7 @@ def int4_linear(
         tile.block_rows,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **options(table),
     )
     return out
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llama_fast.kernels import configs
 from llama_fast.kernels.arguments import check_tensors, refuse
+from llama_fast.kernels.overlap import begin, options
 from llama_fast.kernels.silu_mul import ACTIVATIONS, activate
 
 # Tiles of output features that share a block of rows in L2 before the next block of rows begins.
@@ -57,7 +58,9 @@ def _linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     # Programs that share a block of rows, or a tile of the weight, are neighbours, so that L2 serves the second.
     out_tiles = tl.cdiv(out_features, BLOCK_OUT)
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
@@ -168,6 +171,7 @@ def linear(
         tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **options(table),
     )
     return out
 

@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from llama_fast.kernels import configs
 from llama_fast.kernels.arguments import check_tensors, contiguous, refuse
+from llama_fast.kernels.overlap import begin, options
 
 # A row must fit a program's registers: 2^15 values over 32 warps are 32 a thread. fp32 spills a few of them there; of
 # 2^16 most would spill.
@@ -20,7 +22,10 @@ MAX_HIDDEN_SIZE = 2**15
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, HIDDEN_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, eps, HIDDEN_SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < HIDDEN_SIZE
@@ -64,5 +69,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if out.numel():
         num_tokens, hidden_size = x.shape
         block = triton.next_power_of_2(hidden_size)
-        _rms_norm_kernel[(num_tokens,)](x, weight, out, eps, hidden_size, block, num_warps=num_warps(hidden_size))
+        launch = {"num_warps": num_warps(hidden_size), **options(configs.table_of(x.device))}
+        _rms_norm_kernel[(num_tokens,)](x, weight, out, eps, hidden_size, block, **launch)
     return out

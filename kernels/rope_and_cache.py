@@ -16,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from llama_fast.kernels import configs
 from llama_fast.kernels.arguments import check_devices, check_integers, check_tensors, refuse
 from llama_fast.kernels.batch_checks import check_indices
+from llama_fast.kernels.overlap import begin, options
 
 if TYPE_CHECKING:
     from llama_fast.model.batch import Batch
@@ -72,7 +74,9 @@ def _rope_and_cache_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     # Tokens are on axis 0, the only one that may exceed 65,535; on axis 1 blocks of heads, q's, then k's (and v's).
     # int64: a pool of 2^31 elements is 4 GiB in bf16.
     token = tl.program_id(0).to(tl.int64)
@@ -177,6 +181,7 @@ def rope_and_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Bat
             triton.next_power_of_2(rotary_dim // 2),
             triton.next_power_of_2(max(1, head_dim - rotary_dim)),
             num_warps=_WARPS,
+            **options(configs.table_of(q.device)),
         )
     return out
 

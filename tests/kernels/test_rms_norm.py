@@ -254,7 +254,7 @@ def test_F08_rows_beyond_2_31_elements(device, huge, only_programs):
     if INTERPRETED:
         out = huge((last + 1) * width, torch.bfloat16).view(-1, width)
         only_programs([last])
-        module._rms_norm_kernel[(1,)](x, weight, out, 1e-5, width, width)
+        module._rms_norm_kernel[(1,)](x, weight, out, 1e-5, width, width, False)
     else:
         out = rms_norm(x, weight, 1e-5)
     assert same_bits(out[last:], expected)

@@ -471,7 +471,7 @@ def test_F08_outputs_beyond_2_31_elements(device, huge, only_programs):
     dims = (heads, 1, head_dim, head_dim, 16, heads, head_dim, head_dim // 2, 1)
     strides = (0, 0, 0, batch.page_table.stride(0), pages.k.stride(0), pages.k.stride(1))
     tensors = (q, k, v, out, pages.k, pages.v, *many.values(), slots, seq_ids, batch.page_table)
-    module._rope_and_cache_kernel[(1 if INTERPRETED else last + 1, 2)](*tensors, *strides, *dims, num_warps=2)
+    module._rope_and_cache_kernel[(1 if INTERPRETED else last + 1, 2)](*tensors, *strides, *dims, False, num_warps=2)
     assert same_bits(out[last:], expected)
 
 
