@@ -7,15 +7,16 @@ from typing import Any
 from timing import Summary
 
 OURS, LLAMA_CPP, TRANSFORMERS = "llama_fast", "llama.cpp", "transformers"
+LLAMA_CPP_INT4 = f"{LLAMA_CPP} q4_0"
 DECODE_1, DECODE_8, PREFILL = "decode batch 1", "decode batch 8", "prefill"
 
 # Work -> peer -> least ratio of our tokens/s to its.
 _LEAST_RATIO = {
-    DECODE_1: {LLAMA_CPP: 1.0},
-    DECODE_8: {LLAMA_CPP: 1.25},
-    PREFILL: {LLAMA_CPP: 1.15, TRANSFORMERS: 1.15},
+    DECODE_1: {LLAMA_CPP: 1.0, LLAMA_CPP_INT4: 1.15},
+    DECODE_8: {LLAMA_CPP: 1.25, LLAMA_CPP_INT4: 1.25},
+    PREFILL: {LLAMA_CPP: 1.15, TRANSFORMERS: 1.15, LLAMA_CPP_INT4: 1.0},
 }
-_LEAST_SHARE = {DECODE_1: 0.9}
+_LEAST_SHARE = {DECODE_1: 0.8}
 _MOST_OVERHEAD_SHARE, _MOST_DEMO_OVERHEAD_US = 0.03, 400.0
 _EXTRA_BYTES = 100_000_000
 _MOST_LOAD = 1.2  # times its bound

@@ -245,17 +245,18 @@ def compare_rows(results: list[dict[str, Any]]) -> list[list[str]]:
         by_work: dict[str, dict[str, Any]] = {}
         for row in r["speed"]:
             by_work.setdefault(row["work"], {})[row["program"]] = row
+        is_int4 = r.get("weights") == "int4"
         for work, programs in by_work.items():
             ours = programs["llama_fast"]
-            cells = [
-                f"{programs[peer]['tokens_per_s']['median']:,.1f} ({programs[peer]['ours_to_it']['median']:.2f}x)"
-                if peer in programs
-                else ""
-                for peer in peers
-            ]
+            cells = []
+            for peer in peers:
+                kind = f"{peer} q4_0" if is_int4 else peer
+                rate = f"{programs[kind]['tokens_per_s']['median']:,.1f}" if kind in programs else ""
+                cells.append(f"{rate} ({programs[kind]['ours_to_it']['median']:.2f}x)" if rate else "")
             speed = f"{ours['tokens_per_s']['median']:,.1f}"
             share = f"{ours['share_of_bound']['median']:.0%}"
-            rows.append([f"{r['model']}, {r['dtype']}", work, speed, share, *cells, r["where"]])
+            weights = f"int4 in groups of {r['group_size']}, beside q4_0" if is_int4 else r["dtype"]
+            rows.append([f"{r['model']}, {weights}", work, speed, share, *cells, r["where"]])
     return [header, *rows]
 
 

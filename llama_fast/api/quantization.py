@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_fast.errors import ConfigError, UnsupportedError, brief
@@ -52,7 +52,9 @@ class TorchAoConfig:
 
     def int4_config(self) -> Int4Config:
         """The same in this library's terms."""
-        skip = list(self.modules_to_not_convert or [])
+        skip = self.modules_to_not_convert or []
+        if isinstance(skip, str) or not isinstance(skip, Iterable):
+            raise ConfigError(f"modules_to_not_convert={brief(skip)}; use a list of names")
         head = "int4" if self.include_input_output_embeddings else "keep"
         return Int4Config(self.group_size, symmetric=False, skip=["lm_head", *skip], lm_head=head)
 
@@ -85,7 +87,9 @@ def _of_dict(content: dict[str, Any]) -> Int4Config:
     kind, options = content.get("quant_type"), content.get("quant_type_kwargs") or {}
     if isinstance(kind, dict):
         inner = kind.get("default", kind)
-        kind, options = inner.get("_type"), inner.get("_data") or {}
+        kind, options = (inner.get("_type"), inner.get("_data") or {}) if isinstance(inner, dict) else (inner, {})
+    if not isinstance(options, dict):
+        raise ConfigError(f"quantization_config has quant_type_kwargs={brief(options)}; use an object")
     if method != "torchao" or kind not in _INT4:
         told = json.dumps({"quant_method": str(method), "quant_type": str(kind)})
         raise UnsupportedError(

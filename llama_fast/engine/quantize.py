@@ -6,16 +6,26 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import torch
 
 from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.engine.plan import check_weights
-from llama_fast.errors import CheckpointPathError, ConfigError, RequestError
+from llama_fast.errors import (
+    CheckpointIOError,
+    CheckpointPathError,
+    ConfigError,
+    OutOfMemoryError,
+    RequestError,
+    listed,
+)
 from llama_fast.model.calibration import calibrate
 from llama_fast.model.canary import make_canary
 from llama_fast.model.divergence import Divergence, divergences, windows_of
 from llama_fast.model.llama import LlamaLM
-from llama_fast.model.loading import open_checkpoint, read_model
+from llama_fast.model.loading import Checkpoint, open_checkpoint, read_model
 from llama_fast.model.quantization import Int4Config
 from llama_fast.model.saving import save_model, spread_ids
 from llama_fast.model.verify import VerifyReport, verify_checkpoint
@@ -82,7 +92,7 @@ def quantize(
 
     Args:
         folder: a float checkpoint, as from `find_folder`.
-        out: a folder that holds no checkpoint.
+        out: an empty or a new folder.
         text: to calibrate with; None rounds plainly.
         held_out: to compare on; None takes the end of `text`, which is not calibrated with then.
         calibration_tokens: most tokens of `text` to calibrate with.
@@ -90,11 +100,10 @@ def quantize(
         show_progress: bars on stderr; None shows them on a terminal.
 
     Raises:
-        CheckpointPathError: `out` holds a checkpoint or is no folder.
+        CheckpointPathError: `out` is not empty or cannot be made.
         RequestError: a text is too short.
         ConfigError, CheckpointError, UnsupportedError, BackendError, OutOfMemoryError: as for `LLM`.
     """
-    _check_out(folder, out)
     checkpoint = open_checkpoint(folder, dtype=dtype, device=device)
     if checkpoint.int4 is not None:
         raise ConfigError(f"{checkpoint.int4.where} says that the weights are quantized already; give the float model")
@@ -105,6 +114,28 @@ def quantize(
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     defaults = GenerationDefaults.from_folder(folder)
     calibrates, compares = _windows(tokenizer, text, held_out, calibration_tokens, checkpoint.config)
+    _check_out(out)
+    try:
+        return _quantize(rounding, config, out, ops, defaults, calibrates, compares, show_progress)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OutOfMemoryError(f"memory ran out: {reason}; use --tokens with less, or device='cpu'") from error
+
+
+def _quantize(
+    rounding: Checkpoint,
+    config: Int4Config,
+    out: Path,
+    ops: ModuleType,
+    defaults: GenerationDefaults,
+    calibrates: list[list[int]],
+    compares: list[list[int]],
+    show_progress: bool | None,
+) -> QuantizeReport:
+    checkpoint = replace(rounding, int4=None)
+    folder = checkpoint.folder
 
     original = read_model(LlamaLM, checkpoint)
     original.prepare(ops)
@@ -116,24 +147,32 @@ def quantize(
             (original, ops), [(original, ops), (model, ops)], compares, show_progress=show_progress
         )
     if calibrates:
+        del model  # before there is another
         model = read_model(LlamaLM, checkpoint)
         calibrate(model, config.scheme(), ops, calibrates, show_progress=show_progress)
         model.prepare(ops)
         (after,) = divergences((original, ops), [(model, ops)], compares, show_progress=show_progress)
     prompt = (compares[0] if compares else spread_ids(model.config.vocab_size))[:_CANARY_TOKENS]
-    save_model(model, out, canary=make_canary(model, ops, prompt, original))
-    defaults.save(out)
+    canary = make_canary(model, ops, prompt, original)
+    # The weights last: a folder without them is no model.
     _copy_side_files(folder, out)
+    defaults.save(out)
+    save_model(model, out, canary=canary)
     verified = verify_checkpoint(out, show_progress=show_progress)
     return QuantizeReport(before, plain, after, checkpoint.files.total_bytes, verified.num_bytes, verified)
 
 
-def _check_out(folder: Path, out: Path) -> None:
+def _check_out(out: Path) -> None:
+    """`out` must be an empty folder, or one that can be made now; it is."""
     if out.exists() and not out.is_dir():
         raise CheckpointPathError(f"{out} is a file; give a folder for the quantized model")
-    held = sorted(path.name for path in out.glob("*") if path.suffix == ".safetensors" or path.name == "config.json")
-    if held or out.resolve() == folder.resolve():
-        raise CheckpointPathError(f"{out} holds a model already ({', '.join(held[:3])}); give an empty or a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = sorted(path.name for path in out.iterdir())
+    except OSError as error:
+        raise CheckpointPathError(f"{out}: no folder can be made there: {error.strerror or error}") from error
+    if held:
+        raise CheckpointPathError(f"{out} is not empty ({listed(held)}); give an empty or a new folder")
 
 
 def _windows(
@@ -145,6 +184,10 @@ def _windows(
         return tokenizer.encode(part, add_special_tokens=False, verbose=False)
 
     length = min(WINDOW, config.max_position_embeddings)
+    if length < 8:
+        raise RequestError(f"max_position_embeddings={length} leaves no windows of text; quantize without one")
+    if text is None and held_out is not None:
+        raise RequestError("a held-out text is there to compare on what --calibrate makes; give that too")
     bos = tokenizer.encode("")[:1]
     calibrated = [] if text is None else encode(text)
     if held_out is not None:
@@ -174,4 +217,7 @@ def _copy_side_files(folder: Path, out: Path) -> None:
     for pattern in _COPIED:
         for path in folder.glob(pattern):
             copy: Callable[..., Any] = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, out / path.name)
+            try:
+                copy(path, out / path.name)
+            except (OSError, shutil.Error) as error:
+                raise CheckpointIOError(f"{path} cannot be copied to {out}: {error}") from error

@@ -11,13 +11,14 @@ Source  GPTQ, arXiv:2210.17323 (its equations 2 and 3 in blocks of columns, by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from llama_fast.model.int4_formats import check_scales
 from llama_fast.model.int4_modules import int4_module
 from llama_fast.model.int4_rounding import fit_groups
 from llama_fast.model.llama import DecoderLayer, LlamaLM, Norm
@@ -28,6 +29,8 @@ from llama_fast.ops.int4 import Int4Linear, Int4Weight, pack_rows
 
 # Columns whose corrections are gathered before the rest of the weight gets them.
 _BLOCK = 128
+# Tokens that run at a time.
+_TOKENS = 4096
 # Added to the diagonal of H, relative to its mean; more where the factor does not exist.
 _DAMPING = (0.01, 0.1, 1.0)
 
@@ -53,26 +56,38 @@ def calibrate(
         ConfigError: a group size does not fit.
     """
     model.prepare(ops)
-    sequences = Sequences(model, ops, windows)
-    hidden_states = sequences.embedded()
+    parts = [Sequences(model, ops, group) for group in _groups(windows)]
+    states = [part.embedded() for part in parts]
     layers = [cast(DecoderLayer, layer) for layer in model.model.layers]
     disable = None if show_progress is None else not show_progress
     for index, layer in enumerate(ProgressBar(layers, "calibrating", unit="layer", disable=disable)):
         grams = _Grams(ops)
-        sequences.layer(layer, hidden_states, grams)
-        for name, gram in grams.by_projection(layer):
-            linear = cast(nn.Linear, layer.get_submodule(name))
-            layout = scheme.layout_of(f"model.layers.{index}.{name}", linear.in_features)
-            if layout is not None:
-                _replace(layer, name, _rounded(linear, layout, gram, model.dtype))
+        for part, state in zip(parts, states, strict=True):
+            part.layer(layer, state, grams)
+        for names, gram in grams.by_projections(layer):
+            for name in names:
+                linear = cast(nn.Linear, layer.get_submodule(name))
+                layout = scheme.layout_of(f"model.layers.{index}.{name}", linear.in_features)
+                if layout is not None:
+                    _replace(layer, name, _rounded(linear, layout, gram, model.dtype))
         layer.prepare(ops)
-        hidden_states = sequences.layer(layer, hidden_states)
+        states = [part.layer(layer, state) for part, state in zip(parts, states, strict=True)]
     layout = scheme.layout_of("lm_head", model.lm_head.in_features)
     if layout is not None:
         norm = model.model.norm.prepare()
-        gram = _gram(ops.rms_norm(hidden_states, norm.weight, norm.eps))
+        gram = _gram(ops.rms_norm(torch.cat(states), norm.weight, norm.eps))
         model.lm_head = _rounded(model.lm_head, layout, gram, model.dtype)  # type: ignore[assignment]
     model.refresh()
+
+
+def _groups(windows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Windows that run together: a layer's own tensors are there for some thousand tokens, not for the whole text."""
+    groups: list[list[Sequence[int]]] = [[]]
+    for window in windows:
+        if groups[-1] and sum(map(len, groups[-1])) + len(window) > _TOKENS:
+            groups.append([])
+        groups[-1].append(window)
+    return groups
 
 
 class _Grams:
@@ -85,27 +100,29 @@ class _Grams:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
+    def _add(self, weight: Any, x: Tensor) -> None:
+        gram = _gram(x)
+        self._of_weight[id(weight)] = self._of_weight[id(weight)].add_(gram) if id(weight) in self._of_weight else gram
+
     def norm_qkv_rope_cache(self, x: Tensor, norm: Norm, qkv: Any, *args: Any) -> Tensor:
-        self._of_weight[id(qkv)] = _gram(self._ops.rms_norm(x, norm.weight, norm.eps))
+        self._add(qkv, self._ops.rms_norm(x, norm.weight, norm.eps))
         return self._ops.norm_qkv_rope_cache(x, norm, qkv, *args)
 
     def norm_gate_up_act(self, x: Tensor, norm: Norm, gate_up: Any, *args: Any) -> Tensor:
-        self._of_weight[id(gate_up)] = _gram(self._ops.rms_norm(x, norm.weight, norm.eps))
+        self._add(gate_up, self._ops.rms_norm(x, norm.weight, norm.eps))
         return self._ops.norm_gate_up_act(x, norm, gate_up, *args)
 
     def linear_residual(self, x: Tensor, weight: Any, *args: Any) -> Tensor:
-        self._of_weight[id(weight)] = _gram(x)
+        self._add(weight, x)
         return self._ops.linear_residual(x, weight, *args)
 
-    def by_projection(self, layer: DecoderLayer) -> list[tuple[str, Tensor]]:
-        """Each projection's name in the layer, and its input's matrix."""
-        weights = {
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): layer.qkv_proj,
-            ("self_attn.o_proj",): layer.o_proj,
-            ("mlp.gate_proj", "mlp.up_proj"): layer.gate_up_proj,
-            ("mlp.down_proj",): layer.down_proj,
-        }
-        return [(name, self._of_weight[id(weight)]) for names, weight in weights.items() for name in names]
+    def by_projections(self, layer: DecoderLayer) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Names in the layer of the projections of one input, and its matrix, which is forgotten then."""
+        # The largest first: it is not needed while the others are worked on.
+        yield ("mlp.down_proj",), self._of_weight.pop(id(layer.down_proj))
+        yield ("mlp.gate_proj", "mlp.up_proj"), self._of_weight.pop(id(layer.gate_up_proj))
+        yield ("self_attn.o_proj",), self._of_weight.pop(id(layer.o_proj))
+        yield ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), self._of_weight.pop(id(layer.qkv_proj))
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -123,6 +140,7 @@ def _replace(layer: DecoderLayer, name: str, linear: Int4Linear) -> None:
 
 def _rounded(linear: nn.Linear, layout: Layout, gram: Tensor, dtype: torch.dtype) -> Int4Linear:
     weight = gptq(linear.weight, gram, layout, dtype)
+    check_scales("the calibrated weight", weight.scales)
     bias = None if linear.bias is None else linear.bias.data
     return int4_module(pack_rows(weight.values), weight.scales, weight.zeros, bias)
 
@@ -175,10 +193,15 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     diagonal = gram.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     for damping in _DAMPING:
-        raised = gram + torch.diag(torch.full_like(diagonal, damping) * mean)
+        raised = gram.clone()
+        raised.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(raised)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        del raised
+        if failed:
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed and bool(factor.isfinite().all()):
             return factor
     # Inputs of NaN, or none at all: each column for itself.

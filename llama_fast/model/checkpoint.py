@@ -25,7 +25,7 @@ from llama_fast.model.int4_formats import Int4Format
 from llama_fast.model.int4_modules import int4_linears
 from llama_fast.model.progress import ProgressBar
 from llama_fast.model.quantization import Int4Scheme, Layout
-from llama_fast.ops.int4 import Int4Linear
+from llama_fast.ops.int4 import INT4_SUFFIXES, Int4Linear
 
 __all__ = ["CheckpointFiles", "LoadReport", "load_weights", "save_weights"]
 
@@ -104,7 +104,7 @@ def load_weights(
     stored = [files.dtypes[name] for name in floats]
     dtype = dtype or stored[0]
     cast = tuple(dict.fromkeys(name for name in floats if files.dtypes[name] != dtype))
-    if cast and len(set(stored)) > 1 and not formats:
+    if cast and len(set(stored)) > 1:
         _log.warning("%s: mixed dtypes; %d tensors are cast to %s: %s", files.folder, len(cast), dtype, listed(cast))
 
     mapped = load == "mmap" and not cast and device.type == "cpu" and all(form.kept for _, form in formats.values())
@@ -112,7 +112,9 @@ def load_weights(
     shared: dict[int, Tensor] = {}
     non_finite: list[str] = []
     parameters = module.state_dict(keep_vars=True)
-    plain = {name: parameter for name, parameter in parameters.items() if name in sources}
+    # An int4 projection's parameters may have the names of stored tensors, and are made of them in one piece.
+    taken = {f"{name}.{suffix}" for name in formats for suffix in INT4_SUFFIXES}
+    plain = {name: parameter for name, parameter in parameters.items() if name in sources and name not in taken}
     steps = [*plain, *formats]
     for name in ProgressBar(steps, _title(int4), unit="tensor", disable=mapped or None):
         try:
@@ -163,7 +165,7 @@ def load_targets(
         owner, _, suffix = _base_name(name).rpartition(".")
         held.setdefault(owner, {})[suffix] = dtype
     for name, linear in int4_linears(module):
-        for suffix in ("weight_packed", "weight_scale", "weight_zero_point"):
+        for suffix in INT4_SUFFIXES:
             targets.pop(f"{name}.{suffix}", None)
         form = int4.format_of(Layout(linear.group_size, linear.weight_zero_point is None))
         found = held.get(_base_name(name), {})
@@ -221,9 +223,10 @@ def match_tensors(targets: Mapping[str, Tensor], files: CheckpointFiles) -> tupl
     """
     stored: dict[str, str] = {}
     ignored: list[str] = []
+    has_head = any(name.startswith("lm_head.") for name in targets)
     twice: list[str] = []
     for name in files.shapes:
-        if name.endswith("rotary_emb.inv_freq") or (name == _HEAD and _HEAD not in targets):
+        if name.endswith("rotary_emb.inv_freq") or (name == _HEAD and not has_head):
             ignored.append(name)
         elif stored.setdefault(_base_name(name), name) != name:
             twice.append(name)

@@ -19,6 +19,7 @@ from llama_fast.model.checkpoint_files import SHARD_NAME, SINGLE_FILE
 from llama_fast.model.checkpoint_index import INDEX_FILE
 from llama_fast.model.int4_formats import CompressedTensors
 from llama_fast.model.int4_modules import int4_linears
+from llama_fast.ops.int4 import INT4_SUFFIXES
 
 _OWN_FILES = re.compile(rf"({SHARD_NAME.pattern}|{re.escape(SINGLE_FILE)}|{re.escape(INDEX_FILE)})(\.tmp)?")
 
@@ -62,7 +63,7 @@ def save_weights(
         if names.setdefault(id(parameter), name) == name:
             tensors[name] = parameter.detach()
     for name, linear in int4_linears(module):
-        for suffix in ("weight_packed", "weight_scale", "weight_zero_point"):
+        for suffix in INT4_SUFFIXES:
             tensors.pop(f"{name}.{suffix}", None)
         symmetric = linear.weight_zero_point is None
         for suffix, tensor in CompressedTensors(symmetric).write(name, linear).items():

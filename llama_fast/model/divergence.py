@@ -13,8 +13,8 @@ from llama_fast.model.llama import LlamaLM
 from llama_fast.model.progress import ProgressBar
 from llama_fast.model.sequences import Sequences
 
-# Tokens at a time: their logits are there twice, in fp32.
-_BATCH_TOKENS = 1024
+# Tokens that run at a time, and rows of logits that are compared at a time: a large vocabulary's are 0.5 MB each.
+_BATCH_TOKENS, _ROWS = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,23 @@ def divergences(
     """
     count = sum(len(window) - 1 for window in windows)
     sums = torch.zeros(len(models), 3, dtype=torch.float64)
+    every = [original, *models]
     disable = None if show_progress is None else not show_progress
     with ProgressBar(total=count, desc="comparing", unit="token", disable=disable) as bar:
         for group in _groups(windows):
             targets, predicts = _targets(group)
-            expected = _log_probs(*original, group, predicts)
-            for index, (model, ops) in enumerate(models):
-                got = _log_probs(model, ops, group, predicts)
-                nll = -got.gather(1, targets[:, None].to(got.device)).double().sum()
-                kl = (expected.exp() * (expected - got)).double().sum()
-                same = (expected.argmax(-1) == got.argmax(-1)).double().sum()
-                sums[index] += torch.stack([nll, kl, same]).cpu()
+            states = [Sequences(model, ops, group).last()[predicts.to(model.device)] for model, ops in every]
+            for start in range(0, len(targets), _ROWS):
+                part = slice(start, start + _ROWS)
+                expected, *found = (
+                    model.logits(state[part], ops).float().log_softmax(-1)
+                    for state, (model, ops) in zip(states, every, strict=True)
+                )
+                for index, got in enumerate(found):
+                    nll = -got.gather(1, targets[part, None].to(got.device)).double().sum()
+                    kl = (expected.exp() * (expected - got)).double().sum()
+                    same = (expected.argmax(-1) == got.argmax(-1)).double().sum()
+                    sums[index] += torch.stack([nll, kl, same]).cpu()
             bar.update(len(targets))
     means = (sums / count).tolist()
     return [Divergence(float(torch.tensor(nll).exp()), kl, same, count) for nll, kl, same in means]
@@ -84,11 +90,6 @@ def _targets(windows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     targets = torch.tensor([token for window in windows for token in window[1:]])
     predicts = torch.cat([torch.arange(len(window)) < len(window) - 1 for window in windows])
     return targets, predicts
-
-
-def _log_probs(model: LlamaLM, ops: ModuleType, windows: Sequence[Sequence[int]], predicts: Tensor) -> Tensor:
-    logits = torch.cat(list(Sequences(model, ops, windows).logits()))
-    return logits[predicts.to(logits.device)].float().log_softmax(-1)
 
 
 def windows_of(token_ids: Sequence[int], length: int, bos: Sequence[int] = ()) -> list[list[int]]:

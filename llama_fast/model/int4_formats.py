@@ -75,17 +75,22 @@ def _groups(linear: Int4Linear) -> int:
     return linear.in_features // linear.group_size
 
 
-def _checked_scales(where: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scales` in `dtype`, contiguous; each must be a positive, normal number."""
-    cast = scales.to(dtype).contiguous()
-    tiny = torch.finfo(dtype).tiny
-    # One comparison finds all: NaN is not above anything.
-    if wrong := int((~((cast >= tiny) & cast.isfinite())).sum()):
-        example = scales[~((cast >= tiny) & cast.isfinite())][0].item()
+def check_scales(where: str, scales: Tensor) -> None:
+    """Raise CheckpointFormatError unless each is a positive, normal number of its dtype."""
+    # NaN is not above anything.
+    right = (scales >= torch.finfo(scales.dtype).tiny) & scales.isfinite()
+    if wrong := int((~right).sum()):
         raise CheckpointFormatError(
-            f"{where}: {wrong} of {scales.numel()} scales are zero, negative, subnormal, infinite or NaN in {dtype}, "
-            f"the first is {example}; quantize the model again, or load it in another dtype"
+            f"{where}: {wrong} of {scales.numel()} scales are zero, negative, subnormal, infinite or NaN in "
+            f"{scales.dtype}, the first is {scales[~right][0].item()}; quantize the model again, or load it in another "
+            "dtype"
         )
+
+
+def _checked_scales(where: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scales` in `dtype`, contiguous and checked."""
+    cast = scales.to(dtype).contiguous()
+    check_scales(where, cast)
     return cast
 
 
@@ -99,6 +104,12 @@ def _symmetric(where: str, zeros: Tensor, symmetric: bool, fix: str) -> Tensor |
             f"{where}: the zeros of a symmetric weight are {SYMMETRIC_ZERO}, and these are {found}; {fix}"
         )
     return None
+
+
+def _refuse_outputs(where: str, linear: Int4Linear) -> None:
+    """Words hold eight outputs: of a ninth these formats do not say where it is."""
+    if linear.out_features % _NIBBLES:
+        raise UnsupportedError(f"{where} has {linear.out_features} outputs: supported are multiples of {_NIBBLES}")
 
 
 def _refuse_bias(where: str, stored: Mapping[str, Tensor], linear: Int4Linear) -> None:
@@ -154,6 +165,7 @@ class Gptq:
         }
 
     def read(self, where: str, stored: Mapping[str, Tensor], linear: Int4Linear, dtype: torch.dtype) -> Int4Tensors:
+        _refuse_outputs(where, linear)
         _refuse_bias(where, stored, linear)
         if "g_idx" in stored:
             _check_groups(f"{where}.g_idx", stored["g_idx"], linear)
@@ -187,6 +199,7 @@ class Awq:
         }
 
     def read(self, where: str, stored: Mapping[str, Tensor], linear: Int4Linear, dtype: torch.dtype) -> Int4Tensors:
+        _refuse_outputs(where, linear)
         _refuse_bias(where, stored, linear)
         return Int4Tensors(
             pack_rows(self._columns(stored["qweight"]).t().contiguous()),
@@ -301,4 +314,5 @@ class Rounded:
             raise CheckpointFormatError(f"{where}.weight holds NaN or infinity, which no 4-bit integer stands for")
         rounded, error = round_weight(weight, linear.group_size, self.symmetric, dtype)
         self.total += error
-        return Int4Tensors(pack_rows(rounded.values), rounded.scales, rounded.zeros)
+        scales = _checked_scales(f"{where}.weight", rounded.scales, dtype)
+        return Int4Tensors(pack_rows(rounded.values), scales, rounded.zeros)

@@ -22,8 +22,8 @@ from llama_fast.ops.int4 import SYMMETRIC_ZERO, Int4Weight
 _LARGEST = 15
 # Shares of the scale that reaches a group's largest number.
 _SHARES = tuple(1 - 0.025 * step for step in range(16))
-# Elements at a time: a few fp32 tensors of this size fit a core's cache.
-_CHUNK = 1 << 17
+# Elements at a time: a few fp32 tensors of the first size fit a core's cache; a GPU is busy with the second.
+_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 24
 
 
 @dataclass
@@ -75,7 +75,7 @@ def round_weight(
     zeros = None if symmetric else torch.empty((out_features, groups), dtype=torch.uint8, device=weight.device)
     weighed = None if importance is None else importance.float().view(groups, group_size)
     errors = torch.zeros(3, dtype=torch.float64, device=weight.device)
-    rows = max(1, _CHUNK // in_features) if weight.device.type == "cpu" else out_features
+    rows = max(1, (_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK) // in_features)
     for start in range(0, out_features, rows):
         part = slice(start, start + rows)
         chunk = weight[part].float().view(-1, groups, group_size)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from itertools import islice
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from llama_fast.config import LlamaConfig
+from llama_fast.errors import UnsupportedError
 from llama_fast.model.batch import Batch
 from llama_fast.model.kv_cache import LayerPages, PagedKVCache
 from llama_fast.model.rope import RotaryEmbedding
+from llama_fast.ops.int4 import Int4Linear
 
 
 class Linear(nn.Linear):
@@ -167,6 +169,16 @@ class LlamaLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As nn.Module's.
+
+        Raises:
+            UnsupportedError: gradients are wanted of int4 weights; nothing has changed then.
+        """
+        if requires_grad and any(isinstance(module, Int4Linear) for module in self.modules()):
+            raise UnsupportedError("int4 weights cannot be trained; load the model with float weights")
+        return super().requires_grad_(requires_grad)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -10,7 +10,7 @@ What is read               GPTQ, AWQ ("gemm") and compressed-tensors ("pack-quan
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from llama_fast.ops.int4 import GROUP_SIZES
 
 SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _HEAD = "lm_head"
+# Of compressed-tensors' patterns.
+_MOST_PATTERNS, _MOST_REPETITIONS, _MOST_BRANCHES = 64, 3, 8
 
 
 class Layout(NamedTuple):
@@ -61,8 +63,8 @@ class Int4Config:
     Args:
         group_size: input features that share a scale: 128, 64 or 32.
         symmetric: False adds a zero to each group: better by some 6% in the squared error, a little slower.
-        skip: projections that stay as they are, by name or part of a name: "lm_head", "down_proj", "layers.0".
-        lm_head: "int4" rounds the head too, which "keep" leaves alone.
+        skip: projections that stay as they are, by name or part of a name: "down_proj", "layers.0".
+        lm_head: "int4" rounds the head too, whatever `skip` says; "keep" leaves it alone.
 
     Raises:
         ConfigError: a value that is none of these.
@@ -78,25 +80,28 @@ class Int4Config:
             raise ConfigError(f"group_size={brief(self.group_size)}; use {_listed(GROUP_SIZES)}")
         if type(self.symmetric) is not bool:
             raise ConfigError(f"symmetric={brief(self.symmetric)}; use True or False")
-        if isinstance(self.skip, str) or not all(isinstance(name, str) and name for name in self.skip):
+        given = [] if isinstance(self.skip, str) or not isinstance(self.skip, Iterable) else list(self.skip)
+        if isinstance(self.skip, str) or not isinstance(self.skip, Iterable) or not all(map(_is_name, given)):
             raise ConfigError(f"skip={brief(self.skip)}; use a list of names such as ['lm_head', 'down_proj']")
+        object.__setattr__(self, "skip", tuple(given))
         if self.lm_head not in ("keep", "int4"):
             raise ConfigError(f"lm_head={brief(self.lm_head)}; use 'keep' or 'int4'")
 
     def scheme(self) -> Int4Scheme:
         """What it means for each projection."""
-        skip = [name for name in self.skip if self.lm_head == "keep" or name != _HEAD]
-        # An empty list asks for everything, the head as well.
-        head = self.lm_head == "int4" or not any(names_part(_HEAD, name) for name in self.skip)
+        skip = [name for name in self.skip if name != _HEAD]
         total = RoundingError()
 
         def layout_of(name: str, in_features: int) -> Layout | None:
-            if (name == _HEAD and not head) or any(names_part(name, part) for part in skip):
+            if self.lm_head == "keep" if name == _HEAD else any(names_part(name, part) for part in skip):
                 return None
             return layout("quantization", name, in_features, self.group_size, self.symmetric)
 
-        names = [name for name in skip if name != _HEAD]
-        return Int4Scheme("quantization", layout_of, lambda _: Rounded(self.symmetric, total), names, rounds=True)
+        return Int4Scheme("quantization", layout_of, lambda _: Rounded(self.symmetric, total), skip, rounds=True)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def requested(quantization: str | Int4Config | None) -> Int4Scheme | None:
@@ -362,7 +367,8 @@ def _group(where: str, value: Any) -> _Group:
 class _Matcher:
     """Entries of compressed-tensors' `targets` and `ignore`: a name, a class or "re:" and a pattern for the start.
 
-    A pattern of a stranger's file must not take forever: it may repeat four times at most, and no group of it.
+    A stranger's patterns must not take forever. Time grows with the power of a pattern's choices (repetitions, "or",
+    "maybe"), so those are few, and no group is repeated.
     """
 
     def __init__(self, where: str) -> None:
@@ -379,10 +385,14 @@ class _Matcher:
 
     def _pattern(self, text: str) -> re.Pattern[str]:
         if text not in self.patterns:
-            if len(text) > 200 or re.search(r"\)[*+?{]|[{}]", text) or len(re.findall(r"(?<!\\)[*+]", text)) > 4:
+            plain = re.sub(r"\\.", "", text)
+            refused = re.search(r"\)[*+?{]|[{}]|\(\?|\\[1-9]", text) is not None
+            refused |= len(re.findall(r"[*+?]", plain)) > _MOST_REPETITIONS or plain.count("|") > _MOST_BRANCHES
+            if refused or len(text) > 200 or len(self.patterns) >= _MOST_PATTERNS:
                 raise UnsupportedError(
-                    f"{self.where} has the pattern {brief(text)}: supported are up to 200 characters with four "
-                    "repetitions, none of a group; write the projections' names instead"
+                    f"{self.where} has the pattern {brief(text)}: supported are {_MOST_PATTERNS} patterns of up to 200 "
+                    f"characters with {_MOST_REPETITIONS} of * + ? and {_MOST_BRANCHES} of |, no group repeated; write "
+                    "the projections' names instead"
                 )
             try:
                 self.patterns[text] = re.compile(text)

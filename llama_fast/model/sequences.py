@@ -22,9 +22,12 @@ class Sequences:
         model: its weights are prepared by the caller (`LlamaLM.prepare`).
         ops: the backend, or what stands in for one.
         sequences: token ids of each.
+        dtype: of the hidden states, where it is not the model's.
     """
 
-    def __init__(self, model: LlamaLM, ops: Any, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, model: LlamaLM, ops: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype | None = None
+    ) -> None:
         chunks, page = [], 0
         for token_ids in sequences:
             pages = range(page, page + -(-len(token_ids) // PAGE_SIZE))
@@ -32,7 +35,8 @@ class Sequences:
             page = pages.stop
         self.model, self.ops = model, ops
         self.batch: Batch = pack(cast(ModuleType, ops), model.model.rotary, chunks, SPLIT_SIZE, model.device)
-        self._cache = PagedKVCache(model.config, max(1, page), dtype=model.dtype, device=model.device, num_layers=1)
+        dtype = dtype or model.dtype
+        self._cache = PagedKVCache(model.config, max(1, page), dtype=dtype, device=model.device, num_layers=1)
 
     def embedded(self) -> Tensor:
         """Hidden states before the first layer: [num_tokens, hidden_size]."""
@@ -50,15 +54,9 @@ class Sequences:
             hidden_states = self.layer(cast(DecoderLayer, layer), hidden_states)
             yield hidden_states
 
-    def logits(self, rows: int = 1024) -> Iterator[Tensor]:
-        """fp32 logits of all tokens in order, [at most `rows`, vocab_size] at a time."""
-        *_, last = self.hidden_states()
-        for part in last.split(rows):
-            yield self.model.logits(part, cast(ModuleType, self.ops))
-
-
-@torch.no_grad()
-def prepared(model: LlamaLM, ops: ModuleType) -> ModuleType:
-    """`ops`, with the model's weights made ready for it."""
-    model.prepare(ops)
-    return ops
+    def last(self) -> Tensor:
+        """Hidden states after the last layer: [num_tokens, hidden_size]."""
+        last = self.embedded()
+        for last in self.hidden_states():  # noqa: B007 - one layer's at a time
+            pass
+        return last

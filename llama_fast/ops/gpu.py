@@ -309,4 +309,5 @@ def norm_gate_up_act(x: Tensor, norm: Norm, gate_up: LinearWeight, batch: Batch)
 def norm_lm_head(x: Tensor, norm: Norm, lm_head: LinearWeight) -> Tensor:
     """Final RMSNorm and LM head: x [num_tokens, hidden_size] -> logits [num_tokens, vocab_size], fp32."""
     normed = rms_norm(x, norm.weight, norm.eps)
-    return _linear(normed, lm_head, False, out_dtype=torch.float32)
+    # Rows of both roles are alike here, and generated ones are most: their kernel serves both.
+    return _linear(normed, lm_head, True, out_dtype=torch.float32)

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llama_fast.errors import UnsupportedError
+
 GROUP_SIZES = (32, 64, 128)
 # The zero of a symmetric weight, and the largest of an asymmetric one: GPTQ's first format stores zeros minus 1.
 SYMMETRIC_ZERO, MAX_ZERO = 8, 16
+# An `Int4Linear`'s parameters beside its bias.
+INT4_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point")
 # Values in a word.
 _NIBBLES = 8
 
@@ -115,8 +119,21 @@ class Int4Linear(nn.Module):
     def unpacked(self, outputs: slice = slice(None)) -> Int4Weight:
         """Some outputs' weight with a byte a value, as a copy."""
         zeros = None if self.weight_zero_point is None else self.weight_zero_point.data[outputs]
-        bias = None if self.bias is None else self.bias.data[outputs]
-        return Int4Weight(unpack_rows(self.rows()[outputs]), self.weight_scale.data[outputs], zeros, bias)
+        bias = None if self.bias is None else self.bias[outputs]
+        return Int4Weight(unpack_rows(self.rows()[outputs]), self.weight_scale[outputs], zeros, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
+        before = self.weight_scale.dtype
+        super()._apply(fn, recurse)
+        scales = self.weight_scale.data
+        if scales.dtype != before and not scales.is_meta:
+            tiny = torch.finfo(scales.dtype).tiny
+            if wrong := int((~((scales >= tiny) & scales.isfinite())).sum()):
+                raise UnsupportedError(
+                    f"{wrong} scales of an int4 weight are no normal numbers in {scales.dtype}; load the model again "
+                    f"with dtype={str(before).removeprefix('torch.')!r}"
+                )
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # What is loaded is in the files' order.

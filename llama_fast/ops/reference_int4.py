@@ -24,7 +24,8 @@ def int4_linear(x: Tensor, weight: Int4Weight, out_dtype: torch.dtype | None = N
     dense = weight.dequantized(dtype=wide.dtype)
     out_features = dense.shape[0]
     dense = F.pad(dense, (0, 0, 0, -out_features % MATMUL_MULTIPLE))
-    y = F.linear(wide, dense) if needs_grad(x) else in_row_blocks(lambda rows: F.linear(rows, dense), wide)
+    trained = needs_grad(x, weight.scales, weight.bias)
+    y = F.linear(wide, dense) if trained else in_row_blocks(lambda rows: F.linear(rows, dense), wide)
     y = y[:, :out_features]
     if weight.bias is not None:
         y = y + weight.bias.to(y.dtype)

@@ -106,7 +106,7 @@ def test_the_command(tmp_path, capsys):
     assert "canary: replayed, off by" in capsys.readouterr().out
 
     assert main(arguments) == 1, "the folder holds a model"
-    assert "holds a model already (config.json, model.safetensors)" in capsys.readouterr().err
+    assert "out is not empty (config.json, generation_config.json, model.safetensors" in capsys.readouterr().err
     plain = tmp_path / "plain"
     assert main(["quantize", str(DEMO), str(plain), "--group-size", "32", "--asymmetric", "--quiet"]) == 0
     assert "loaded again: canary agrees" in capsys.readouterr().out
@@ -146,8 +146,14 @@ def test_what_is_wrong_is_refused_before_any_work(tmp_path, monkeypatch):
         quantize(DEMO, tmp_path / "file", Int4Config())
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
-    with pytest.raises(CheckpointPathError, match="holds a model already"):
+    with pytest.raises(CheckpointPathError, match="is not empty"):
         quantize(copy, copy, Int4Config())
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    for bad in (tmp_path / "link", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointPathError, match="no folder can be made there|is a file"):
+            quantize(DEMO, bad, Int4Config())
+    with pytest.raises(RequestError, match="give that too"):
+        quantize(DEMO, tmp_path / "out", Int4Config(), held_out="text")
     for text, held_out in (("short", None), ("word " * 2000, "")):
         with pytest.raises(RequestError, match="tokens to calibrate with and .* to compare on"):
             quantize(DEMO, tmp_path / "out", Int4Config(), text=text, held_out=held_out)
@@ -197,6 +203,49 @@ def test_the_wide_stories_model(tmp_path):
     text = Path("../shared/data/text/tinystories_2MB.txt").read_text()[:60000]
     report = quantize(WIDE, tmp_path / "out", Int4Config(), text=text, calibration_tokens=4096)
     assert report.calibrated.kl < report.plain.kl and not report.verified.problems
+
+
+def test_an_int4_file_is_read_once_and_without_alarm(tmp_path, monkeypatch, caplog):
+    """Words are no numbers: as fp16 many would be infinite."""
+    from llama_fast.model.checkpoint_files import CheckpointFiles
+
+    LlamaForCausalLM.from_pretrained(DEMO, quantization="int4", dtype="float16").save_pretrained(tmp_path)
+    for load, method in (("mmap", "tensor"), ("copy", "copy")):
+        right, read = getattr(CheckpointFiles, method), []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                CheckpointFiles,
+                method,
+                lambda self, name, right=right, read=read: read.append(name) or right(self, name),
+            )
+            LlamaForCausalLM.from_pretrained(tmp_path, load=load)
+        assert len(read) == len(set(read)) == 28 * 3 + 10
+    assert not caplog.records
+
+
+def test_int4_weights_are_not_trained():
+    from llama_fast.errors import UnsupportedError
+
+    model = LlamaForCausalLM.from_pretrained(DEMO, quantization="int4")
+    with pytest.raises(UnsupportedError, match="int4 weights cannot be trained"):
+        model.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    # What is not int4 may be, also behind int4 weights.
+    model.model.norm.weight.requires_grad_(True)
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    ids = torch.arange(12)[None]
+    model(ids, labels=ids).loss.backward()
+    assert model.model.norm.weight.grad.abs().sum() > 0
+    assert model.model.layers[0].input_layernorm.weight.grad.abs().sum() > 0
+
+
+def test_scales_that_a_cast_would_lose_are_refused():
+    from llama_fast.errors import UnsupportedError
+
+    model = LlamaForCausalLM.from_pretrained(DEMO, quantization="int4")
+    model.model.layers[0].mlp.down_proj.weight_scale.data *= 1e-6
+    with pytest.raises(UnsupportedError, match="no normal numbers in torch.float16; load the model again with dtype="):
+        model.half()
 
 
 def test_one_projection_at_a_time_is_in_memory(monkeypatch):

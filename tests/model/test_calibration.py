@@ -136,5 +136,5 @@ def test_a_group_that_does_not_fit_is_refused(text):
 
     model = load_model(LlamaLM, DEMO, dtype=None, device="cpu")
     odd = Int4Scheme("here", lambda name, ins: layout("here", name, ins, 96, True), None)
-    with pytest.raises(ConfigError, match="has 256 inputs, no multiple of group_size=96"):
+    with pytest.raises(ConfigError, match="has 640 inputs, no multiple of group_size=96"):
         calibrate(model, odd, reference, text[0][:1])

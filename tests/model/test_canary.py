@@ -63,6 +63,21 @@ def test_other_roundings_agree(made, dtype):
     assert not result.problem and 0 < max(result.deviations) < min(made.errors)
 
 
+@pytest.mark.parametrize("skip", ["layers.0", "self_attn", "mlp"])
+def test_a_layer_that_is_its_original_is_no_problem(skip):
+    """Its distance from the original is 0, and other backends round otherwise all the same."""
+    from llama_fast.ops import select_backend
+
+    config = Int4Config(32, skip=[skip])
+    canary = make_canary(load(config), reference, PROMPT, load())
+    assert min(canary.errors) == 0 or skip != "layers.0"
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load(config).to(dtype)
+        ops = select_backend("auto", model.device, dtype)
+        model.prepare(ops)
+        assert not replay(canary, model, ops, "file").problem
+
+
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("kind", ["zero", "order", "scales", "nibbles"])
 def test_what_is_read_wrongly_is_found_and_its_layer_named(layer, kind):
@@ -101,7 +116,7 @@ def test_saved_files_carry_one_and_verify_replays_it(tmp_path):
     load("int4").save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         content = json.loads(file.metadata()[KEY])
-    assert content["errors"] is None and len(content["layers"]) == 4
+    assert content["errors"] is None and len(content["layers"]) == 4 and len(content["noise"]) == 5
     report = verify_checkpoint(tmp_path)
     # Noted by the reference backend, and replayed by the one that is fastest here.
     assert not report.problems and report.canary_deviation < 0.05
@@ -131,6 +146,12 @@ def test_a_float_checkpoint_has_none(tmp_path):
         {"logits": ["a"]},
         {"token_ids": []},
         {"errors": [0.1]},
+        {"noise": [0.1]},
+        {"noise": [float("inf")] * 5},
+        {"noise": [-1.0] * 5},
+        {"token_ids": [1] * 257},
+        {"vocab_ids": [1] * 1025, "logits": [0.5] * 1025},
+        {"vocab_ids": [], "logits": []},
         {"more": 1},
     ],
 )
@@ -144,7 +165,11 @@ def test_a_malformed_one(made, change):
 
 
 def test_one_of_another_model(made):
-    for content in ({"token_ids": [9999]}, {"vocab_ids": [-1] * len(made.vocab_ids)}, {"layers": made.layers[:3]}):
+    for content in (
+        {"token_ids": [9999]},
+        {"vocab_ids": [-1] * len(made.vocab_ids)},
+        {"layers": made.layers[:3], "noise": made.noise[:4]},
+    ):
         other = Canary.from_json(json.dumps({**json.loads(made.to_json()), "errors": None, **content}), "file")
         with pytest.raises(CheckpointFormatError, match="canary is of another model"):
             replay(other, load("int4"), reference, "file")

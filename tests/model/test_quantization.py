@@ -63,10 +63,20 @@ def test_targets_of_compressed_tensors(tmp_path):
     assert scheme.layout_of(HEAD, 256) is None
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+b", "a*a*a*a*a*b", "x{1,9}", "a" * 201])
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a|aa)+b", "a*a*a*a*b", "x{1,9}", "a" * 201, ".?" * 26 + "!", "(.|.)" * 20 + "!", r"(a)\1", "(?=a)"],
+)
 def test_a_pattern_that_may_take_forever_is_refused(tmp_path, pattern):
     with pytest.raises(UnsupportedError, match="write the projections' names instead"):
         scheme_of(tmp_path, CT | {"ignore": [f"re:{pattern}"]}).layout_of(Q, 256)
+
+
+def test_no_more_patterns_than_a_few(tmp_path):
+    with pytest.raises(UnsupportedError, match="supported are 64 patterns"):
+        scheme_of(tmp_path, CT | {"ignore": [f"re:.*x{index}" for index in range(100)]}).layout_of(Q, 256)
+    usual = CT | {"ignore": [r"re:.*\.(q|k|v|o)_proj$", "re:.*lm_head", r"re:model\.layers\.\d+\.mlp\..*"]}
+    assert scheme_of(tmp_path, usual).layout_of(Q, 256) is None
 
 
 def test_I04_a_pattern_that_is_none(tmp_path):
@@ -215,11 +225,13 @@ def test_int4_config():
     scheme = requested("int4")
     assert scheme.rounds and scheme.layout_of(Q, 256) == Layout(128, True) and scheme.layout_of(HEAD, 256) is None
     scheme = requested(Int4Config(32, symmetric=False, skip=["down_proj", "layers.1"]))
-    assert scheme.layout_of(HEAD, 256) == Layout(32, False), "the default list is replaced"
+    assert scheme.layout_of(HEAD, 256) is None, "the head has an argument of its own"
     assert scheme.layout_of("model.layers.0.mlp.down_proj", 256) is None
     assert scheme.layout_of("model.layers.1.mlp.up_proj", 256) is None
     assert scheme.layout_of("model.layers.11.mlp.up_proj", 256) == Layout(32, False)
     assert requested(Int4Config(lm_head="int4")).layout_of(HEAD, 256) == Layout(128, True)
+    once = Int4Config(skip=(name for name in ["down_proj"]))
+    assert once.skip == ("down_proj",) and once.scheme().layout_of("model.layers.0.mlp.down_proj", 256) is None
     assert requested(None) is None
 
 
@@ -231,6 +243,8 @@ def test_int4_config():
         ({"symmetric": 1}, "symmetric=1; use True or False"),
         ({"skip": "lm_head"}, "skip='lm_head'; use a list"),
         ({"skip": [""]}, "use a list of names"),
+        ({"skip": 5}, "skip=5; use a list of names"),
+        ({"skip": None}, "skip=None; use a list of names"),
         ({"lm_head": "bf16"}, "lm_head='bf16'; use 'keep' or 'int4'"),
     ],
 )
