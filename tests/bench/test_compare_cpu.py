@@ -339,7 +339,7 @@ def test_ratios_are_taken_within_a_round(part):
     assert theirs["ours_to_it"].median == 2.0
     assert ours["share_of_bound"].median == 0.8
     table = report.speed_table([ours, theirs])
-    assert " ".join(table[1].split()) == "decode batch 1 llama_fast 4.00 1.60 8.80 80.0% >= 90% of bound"
+    assert " ".join(table[1].split()) == "decode batch 1 llama_fast 4.00 1.60 8.80 80.0% >= 80% of bound"
     assert table[2].split()[-3:] == ["2.00x", ">=", "1.00x"]
 
 

@@ -54,14 +54,6 @@ PERMUTED = [
     CompressedTensors(actorder="group", group_size=32, dtype=torch.float16),
 ]
 
-# Strict: these pass as they are once the columns' order is kept.
-REORDERED = [
-    pytest.param(
-        options, marks=pytest.mark.xfail(strict=True, raises=UnsupportedError, reason="orders of columns are refused")
-    )
-    for options in PERMUTED
-]
-
 
 def load(folder, **options):
     return LlamaForCausalLM.from_pretrained(folder, device="cpu", **options)
@@ -75,11 +67,6 @@ def weight_of(model, name):
 
 def quantized_modules(model):
     return {name for name, module in model.named_modules() if isinstance(module, Int4Linear)}
-
-
-def columns(weight):
-    """The columns of a weight and how often each is there, in an order of their own."""
-    return torch.unique(weight.T, dim=0, return_counts=True)
 
 
 def assert_kept(model, checkpoint):
@@ -102,17 +89,6 @@ def test_weights_are_those_of_the_format(tmp_path, options):
     assert_right(model, checkpoint)
 
 
-@pytest.mark.parametrize("options", REORDERED, ids=str)
-def test_columns_are_those_of_the_format(tmp_path, options):
-    """In whichever order they are held; the logits tell whether it is that of the input."""
-    checkpoint = pack(demo.PATH, options)
-    model = load(checkpoint.write(tmp_path), dtype="auto")
-    assert_kept(model, checkpoint)
-    for name, weight in checkpoint.weights.items():
-        for ours, expected in zip(columns(weight_of(model, name)), columns(weight), strict=True):
-            assert torch.equal(ours, expected), name
-
-
 def logits(folder, **options):
     input_ids = torch.randint(0, 2048, (1, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -131,7 +107,6 @@ def assert_computes(folder, checkpoint, dtype, dense_folder):
 @pytest.mark.parametrize(
     "options",
     [
-        *REORDERED,
         Gptq(symmetric=False, group_size=32),
         Gptq(zero_biases=True),
         Awq(dense=MLP_1),
