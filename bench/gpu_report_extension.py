@@ -19,9 +19,10 @@ _DEVICE = "cuda"
 # One answer is shown for batches up to this, row count by row count; further forms of a weight up to fewer.
 _MOST_ROWS, _FEW_ROWS = 130, 40
 _ACCURACY_ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130)
-_TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64)
-# The others' times at these.
+_TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+# The others' times at these; of bf16 at all from 8 on for the larger model, where the extension must win too.
 _PEER_ROWS = (1, 8, 64)
+_MORE_ROWS = {"8b": (16, 32, 128)}
 _REPEATS = 20
 
 
@@ -36,7 +37,7 @@ class _Form:
         return f"groups of {self.group_size}{', zeros' if self.has_zeros else ''}"
 
 
-# All instances of the kernel are among them.
+# Every group size with each number of token and weight tiles of the kernel whose rows of x stay is among them.
 _FORMS = {
     "8b": (_Form(), _Form(has_zeros=True)),
     "1b": (_Form(), _Form(32, has_zeros=True), _Form(32), _Form(64, has_zeros=True)),
@@ -150,7 +151,7 @@ def _inaccurate(ours: Callable[..., Tensor], setup: Setup, most: int) -> str | N
 
 
 def times(section: Section) -> None:
-    """The extension beside Triton's kernels on 4 and 16 bits and PyTorch's int4 product, 1 to 64 rows."""
+    """The extension beside Triton's kernels on 4 and 16 bits and PyTorch's int4 product, 1 to 128 rows."""
     module = extension()
     if not section.earlier("extension").get("all_passed"):
         raise NotHere("its checks did not all pass in this run: not timed")
@@ -173,8 +174,9 @@ def times(section: Section) -> None:
                 row: dict[str, Any] = {"model": model, "op": p.op, "rows": count, "bound_us": bound_us}
                 row["us"] = gpu.time(_call(module, p), sets)
                 row["triton_us"] = gpu.time(setup.ours, sets).median
-                if count in _PEER_ROWS:
-                    row |= {name: gpu.time(function, make(count)).median for name, (function, make) in peers.items()}
+                for name, (function, make) in peers.items():
+                    if count in _PEER_ROWS or (name == "bf16_us" and count in _MORE_ROWS.get(model, ())):
+                        row[name] = gpu.time(function, make(count)).median
                 rows.append({**row, "share": bound_us / row["us"].median})
                 section.save()
             gpu.release()
@@ -228,7 +230,7 @@ def launch_extension(device: torch.device) -> None:
         print(f"cuda int4_linear: {reason}")
         return
     for p, form in ((p, form) for p in _projections("smoke") for form in _FORMS["1b"]):
-        for count in (1, 3, 17, *BUCKETS[-1:]):
+        for count in (1, 3, 12, 17, *BUCKETS[-1:]):
             setup = int4_setup(p, count, device, 1, form.group_size, form.has_zeros)
             if _serves(module, setup.sets[0][1], p):
                 _call(module, p)(*setup.sets[0])

@@ -149,4 +149,20 @@ __device__ __forceinline__ void barrier_among(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "r"(threads) : "memory");
 }
 
+// Waits until the kernels before this one on the stream are done and what they wrote is there. A kernel that is
+// launched to start earlier must not touch what they write before, nor write what they read.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets a kernel that is launched so start when all blocks of this one have come here. Only behind
+// wait_for_earlier_kernels: so what a kernel waits for is behind all that came before.
+__device__ __forceinline__ void let_later_kernels_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 }  // namespace llama_fast

@@ -60,19 +60,40 @@ void check(cudaError_t error) {
     throw std::runtime_error(problem);
 }
 
-// Of the current device: the most that a block may ask for.
-int shared_limit() {
-    int device = 0, limit = 0;
+int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+}
+
+Int4Device current_device() {
+    int device = 0;
     check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return limit;
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+            attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrComputeCapabilityMajor, device)};
+}
+
+// Launches a kernel that may start before the stream's last one has ended, where the device can: it waits by itself.
+void launch(const void* kernel, int64_t blocks, int threads, int bytes, bool early, void** arguments, void* stream) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    check(cudaLaunchKernelExC(&config, kernel, arguments));
+    check(cudaGetLastError());
 }
 
 }  // namespace
 
 void launch_int4_linear(const Int4LinearCall& call, void* stream) {
-    const int limit = shared_limit();
-    const Int4Tile tile = choose_tile(call, limit);
+    const Int4Device device = current_device();
+    const Int4Tile tile = choose_tile(call, device);
     const bool gated = call.activation != Activation::none;
     for (const Instance& found : kInstances) {
         if (found.token_tiles != tile.token_tiles || found.weight_tiles != tile.weight_tiles ||
@@ -86,15 +107,13 @@ void launch_int4_linear(const Int4LinearCall& call, void* stream) {
         copy.depth = tile.depth;
         void* arguments[] = {&copy};
         // No work of a stream: it may stand inside a capture.
-        check(cudaFuncSetAttribute(found.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+        check(cudaFuncSetAttribute(found.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.limit));
         const int bytes = shared_bytes(tile, call.group_size, tile_rows(tile, call.num_rows));
-        check(cudaLaunchKernel(found.kernel, dim3(static_cast<unsigned>(blocks)), dim3(found.threads), arguments,
-                               static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
-        check(cudaGetLastError());
+        launch(found.kernel, blocks, found.threads, bytes, device.major >= 9, arguments, stream);
         return;
     }
     throw std::invalid_argument("no kernel of groups of " + std::to_string(call.group_size) + " fits " +
-                                std::to_string(limit) + " bytes of shared memory");
+                                std::to_string(device.limit) + " bytes of shared memory");
 }
 
 void load_kernels() {

@@ -134,20 +134,45 @@ struct Int4Copier {
         x = call.x + (work.first_token + work.tile) * call.x_stride + step * kStep + 8 * work.lane;
     }
 
-    // The next step, if there is one, as a batch of copies. Features and groups past the last are zeros.
+    // The first steps, whose words no earlier kernel writes: they are on their way while those end.
+    __device__ __forceinline__ void first_steps() {
+#pragma unroll 1
+        for (int stage = 0; stage < call.depth - 1; ++stage) next<true, false>();
+        wait_for_earlier_kernels();
+        let_later_kernels_start();
+        slice = work.place;
+        to = 0;
+        start_slice();
+        // The first of these batches has all the words.
+#pragma unroll 1
+        for (int stage = 0; stage < call.depth - 1; ++stage) {
+            next<false, true>();
+            commit_copies();
+        }
+    }
+
+    // The next step, if there is one. Features and groups past the last are zeros.
+    template <bool WORDS, bool X>
     __device__ __forceinline__ void next() {
         if (step < end) {
-            copy();
+            if (WORDS) copy_weight();
+            if (X) copy_rows();
+            words += kStepBlocks * work.weight_rows * kWords;
+            scales += kGroups * work.weight_rows;
+            zeros += kGroups * work.weight_rows;
+            x += kStep;
+            left -= kStep;
+            to += stage_bytes;
+            if (to == ring_bytes) to = 0;
             const bool last = ++step == end;
             if (Shape::slices < kMostSlices && last && slice + Shape::slices < num_slices(call.in_features)) {
                 slice += Shape::slices;
                 start_slice();
             }
         }
-        commit_copies();
     }
 
-    __device__ __forceinline__ void copy() {
+    __device__ __forceinline__ void copy_weight() {
         const Shared words_to = tile + to + 16 * work.lane;
         const int64_t block_words = work.weight_rows * kWords;
 #pragma unroll
@@ -168,6 +193,9 @@ struct Int4Copier {
             if (call.zeros != nullptr)
                 copy_numbers(numbers_to + scales_bytes(Shape::group_size), zeros + ahead, inside);
         }
+    }
+
+    __device__ __forceinline__ void copy_rows() {
         // The warps of a slice take the rows of x in turn.
         const Shared x_to = x_tile + to + work.tile * kPitch + 16 * work.lane;
 #pragma unroll
@@ -175,13 +203,6 @@ struct Int4Copier {
             if (work.tile + piece * Shape::weight_tiles >= work.rows) break;
             copy_x(x_to + piece * Shape::weight_tiles * kPitch, x + piece * row_step, 8 * work.lane < left);
         }
-        words += kStepBlocks * block_words;
-        scales += kGroups * work.weight_rows;
-        zeros += kGroups * work.weight_rows;
-        x += kStep;
-        left -= kStep;
-        to += stage_bytes;
-        if (to == ring_bytes) to = 0;
     }
 };
 
@@ -269,7 +290,7 @@ __device__ __forceinline__ void int4_block(const Int4LinearCall& call, unsigned 
     const int ring_bytes = call.depth * stage_bytes(WT, GROUP, rows);
     const Shared ring = in_shared(shared) + sums_bytes(TT, WT, P) + place * ring_bytes;
     Int4Copier<Shape> copier(call, work, ring);
-    for (int stage = 0; stage < call.depth - 1; ++stage) copier.next();
+    copier.first_steps();
     // Rows of x past the last are read as the last.
     Shared x_from[TT];
 #pragma unroll
@@ -290,7 +311,8 @@ __device__ __forceinline__ void int4_block(const Int4LinearCall& call, unsigned 
             wait_for_oldest(call.depth);
             // What the others copied is seen, and all have read the stage that is copied over next.
             barrier_among(place, Shape::slice_threads);
-            copier.next();
+            copier.template next<true, true>();
+            commit_copies();
             Shared x_now[TT];
 #pragma unroll
             for (int n = 0; n < TT; ++n) x_now[n] = x_from[n] + stage_from;

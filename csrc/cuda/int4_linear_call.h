@@ -86,20 +86,30 @@ constexpr int tile_rows(const Int4Tile& tile, int64_t num_rows) {
     return num_rows < 8 * tile.token_tiles ? static_cast<int>(num_rows) : 8 * tile.token_tiles;
 }
 
-// The tile of a call on a device that lets a block have `limit` bytes: the first one that is no larger than the rows
-// want, as deep as leaves a multiprocessor two blocks, or one. All zeros if none fits.
-constexpr Int4Tile choose_tile(const Int4LinearCall& call, int limit) {
+// What a choice depends on: bytes that a block may have, multiprocessors, compute capability's first number.
+struct Int4Device {
+    int limit, multiprocessors, major;
+};
+
+// The tile of a call on a device: the first one that is no larger than the rows want, as deep as leaves a
+// multiprocessor two blocks, or one; less deep where all blocks are then at work at once. All zeros if none fits.
+constexpr Int4Tile choose_tile(const Int4LinearCall& call, const Int4Device& device) {
     const bool gated = call.activation != Activation::none;
     const int wanted = call.num_rows <= 8 ? 1 : call.num_rows <= 16 ? 2 : 4;
     const int count = gated ? 3 : 4;
     for (int index = 0; index < count; ++index) {
         Int4Tile tile = gated ? kGatedTiles[index] : kPlainTiles[index];
         if (tile.token_tiles > wanted || tile.slices > num_slices(call.in_features)) continue;
-        for (int blocks = 2; blocks >= 1; --blocks) {
+        const int outs = kTile * tile.weight_tiles / (gated ? 2 : 1);
+        const int64_t tiles = (call.out_features + outs - 1) / outs;
+        const int64_t all = (call.num_rows + 8 * tile.token_tiles - 1) / (8 * tile.token_tiles) * tiles;
+        // Of a multiprocessor; no more than registers suffice for.
+        const int most = tile.token_tiles == 1 ? 4 : 2, needed = static_cast<int>(all / device.multiprocessors) + 1;
+        for (int blocks = needed <= most ? needed : 2; blocks >= 1; --blocks) {
             for (tile.depth = 4; tile.depth >= 2; --tile.depth) {
                 const int bytes = shared_bytes(tile, call.group_size, tile_rows(tile, call.num_rows));
                 // The driver takes 1 KB of each block.
-                if (bytes <= limit / blocks - 1024 * (blocks - 1)) return tile;
+                if (bytes <= device.limit / blocks - 1024 * (blocks - 1)) return tile;
             }
         }
     }

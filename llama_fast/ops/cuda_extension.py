@@ -164,7 +164,8 @@ def int4_linear(
 
     The twin of kernels/int4_linear.py on the same packing, with the same roundings and another order of summation,
     which depends on in_features and the group size alone: a row has the same bits in any company. One launch on the
-    current stream, which may be under capture.
+    current stream, which may be under capture. It reads the weight while the kernel before it on the stream still
+    runs, so that one must not be what writes the weight.
 
     Args:
         x: bf16 [num_tokens, in_features]; rows start at multiples of 16 bytes.

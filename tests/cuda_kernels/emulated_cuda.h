@@ -56,6 +56,7 @@ struct Machine {
         jmp_buf resume;
         std::unique_ptr<char[]> stack{new char[stack_bytes]};
         bool started = false, done = false;
+        bool waited = false;  // for earlier kernels
         // The last batch is open.
         std::deque<std::vector<Copy>> batches;
     };
@@ -70,6 +71,8 @@ struct Machine {
     };
 
     std::vector<Range> ranges;
+    // Where ranges begin that earlier kernels write.
+    std::vector<const void*> of_earlier;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     // Shared memory of a block, aligned as the hardware's. The barrier of a whole block comes last.
@@ -89,9 +92,17 @@ struct Machine {
         const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
         if (begin % bytes != 0) give_up("an address of " + std::to_string(bytes) + " bytes is not aligned");
         for (const Range& range : ranges) {
-            if (begin >= range.begin && begin + bytes <= range.end && (range.writable || !write)) return;
+            if (begin < range.begin || begin + bytes > range.end || (write && !range.writable)) continue;
+            for (const void* start : of_earlier) {
+                if (reinterpret_cast<uintptr_t>(start) == range.begin || write) wanted_waits();
+            }
+            return;
         }
         give_up(write ? "a store outside the output" : "a load outside the operands");
+    }
+
+    void wanted_waits() {
+        if (!fibers[current].waited) give_up("no wait for earlier kernels");
     }
 
     char* shared_at(Shared address, uint32_t bytes) {
@@ -179,7 +190,7 @@ inline bool Machine::run(int num_threads, int shared_bytes, void (*thread_body)(
     waiting = 0;
     problem.clear();
     for (Fiber& fiber : fibers) {
-        fiber.started = fiber.done = false;
+        fiber.started = fiber.done = fiber.waited = false;
         fiber.batches.assign(1, {});
         getcontext(&fiber.start);
         fiber.start.uc_stack.ss_sp = fiber.stack.get();
@@ -318,6 +329,13 @@ inline void matrix_multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2
     while (warp.turn == turn) m.wait();
     std::memcpy(d, warp.d[lane], sizeof(d));
 }
+
+inline void wait_for_earlier_kernels() {
+    emulated::Machine& m = emulated::machine();
+    m.fibers[m.current].waited = true;
+}
+
+inline void let_later_kernels_start() { emulated::machine().wanted_waits(); }
 
 inline void barrier() {
     emulated::Machine& m = emulated::machine();

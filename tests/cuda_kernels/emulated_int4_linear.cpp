@@ -91,6 +91,7 @@ const char* emulated_int4_linear(const uint16_t* x, int64_t x_stride, int64_t nu
         const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
         if (begin != nullptr) ranges.push_back({address, address + bytes, writable});
     };
+    emulated::machine().of_earlier = {x, residual};
     allow(x, 2 * ((num_rows - 1) * x_stride + in_features));
     allow(words, 4 * blocks * weight_rows * kWords);
     allow(scales, 2 * groups * weight_rows);
@@ -110,14 +111,16 @@ const char* emulated_int4_linear(const uint16_t* x, int64_t x_stride, int64_t nu
     return fine ? nullptr : emulated::machine().problem.c_str();
 }
 
-// What the launcher would choose on a device that lets a block have `limit` bytes; returns the bytes that it takes.
-int emulated_tile(int64_t num_rows, int in_features, int group_size, int gated, int limit, int* tile) {
+// What the launcher would choose on a device, whose Int4Device is given; returns the bytes that it takes.
+int emulated_tile(int64_t num_rows, int64_t out_features, int in_features, int group_size, int gated, const int* device,
+                  int* tile) {
     Int4LinearCall call{};
     call.num_rows = num_rows;
+    call.out_features = out_features;
     call.in_features = in_features;
     call.group_size = group_size;
     call.activation = gated ? Activation::silu : Activation::none;
-    const Int4Tile chosen = choose_tile(call, limit);
+    const Int4Tile chosen = choose_tile(call, {device[0], device[1], device[2]});
     tile[0] = chosen.token_tiles;
     tile[1] = chosen.weight_tiles;
     tile[2] = chosen.slices;

@@ -24,8 +24,13 @@ TILES = {
 }
 DEPTHS = (4, 3, 2)
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-# Bytes of shared memory that a block may have, by compute capability.
-LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# By compute capability: bytes of shared memory that a block may have, multiprocessors, the capability's first number.
+DEVICES = {
+    80: (163 * 1024, 108, 8),
+    89: (99 * 1024, 128, 8),
+    90: (227 * 1024, 132, 9),
+    100: (227 * 1024, 148, 10),
+}
 
 
 def num_slices(in_features):
@@ -82,7 +87,7 @@ class Emulation:
         tile=None,
         blocks=(0, -1),
     ):
-        tile = tile or self.tile(num_rows, in_features, group_size, activation > 0)[0]
+        tile = tile or self.tile(num_rows, in_features, group_size, activation > 0, out_features=out_features)[0]
         problem = self._linear(
             *(x, x_stride, num_rows, words, scales, zeros, bias, residual, out, out_features, in_features),
             *(group_size, activation, out_is_float, (ctypes.c_int * 4)(*tile), *blocks),
@@ -90,11 +95,11 @@ class Emulation:
         if problem is not None:
             raise RuntimeError(problem.decode())
 
-    def tile(self, num_rows, in_features, group_size, gated, limit=LIMITS[90]):
+    def tile(self, num_rows, in_features, group_size, gated, device=DEVICES[90], out_features=4096):
         """What the launcher would choose: token tiles, weight tiles, slices, depth; and its bytes of shared memory."""
         tile = (ctypes.c_int * 4)()
-        sizes = ctypes.c_int64(num_rows), in_features, group_size, int(gated), limit
-        taken = self._library.emulated_tile(*sizes, tile)
+        sizes = ctypes.c_int64(num_rows), ctypes.c_int64(out_features), in_features, group_size, int(gated)
+        taken = self._library.emulated_tile(*sizes, (ctypes.c_int * 3)(*device), tile)
         return tuple(tile), taken
 
     def __call__(self, x, packed, residual=None, activation=None, out_dtype=torch.bfloat16, tile=None):

@@ -208,9 +208,10 @@ def routes(fresh):
 
 
 def _prepared(activation=None, outs=16, dtype=BF16):
-    part = Int4Linear(64, outs, group_size=32).to(dtype)
+    part = Int4Linear(64, outs, group_size=32)
     part.weight_packed.data.random_()
-    return gpu.prepare_linear([part], activation)
+    part.weight_scale.data.fill_(1)
+    return gpu.prepare_linear([part.to(dtype)], activation)
 
 
 NORM = SimpleNamespace(weight=None, eps=1e-5)
@@ -243,7 +244,10 @@ def test_weights_that_are_not_quantized_take_one_kernel(routes, generated):
 
 def test_the_lm_head_serves_both_roles_and_stays(routes):
     assert gpu.norm_lm_head(torch.zeros(2, 64, dtype=BF16), NORM, _prepared()).dtype == torch.float32
-    assert routes == [("triton", 2, None, False)]
+    assert routes == [("cuda", 2, None, False)]
+    routes.clear()
+    gpu.norm_lm_head(torch.zeros(1024, 64, dtype=BF16), NORM, _prepared(outs=15))
+    assert routes == [("triton", 1024, None, False)]
 
 
 @pytest.mark.parametrize(

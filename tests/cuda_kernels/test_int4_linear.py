@@ -12,7 +12,7 @@ import torch
 from llama_fast.ops import reference
 from llama_fast.ops.int4 import Int4Weight
 from tests.cuda_kernels import emulation as module
-from tests.cuda_kernels.emulation import ACTIVATIONS, DEPTHS, LIMITS, TILES, num_slices, packed_of, tiles_of
+from tests.cuda_kernels.emulation import ACTIVATIONS, DEPTHS, DEVICES, TILES, num_slices, packed_of, tiles_of
 from tests.kernels.accuracy import assert_sum_accurate, outliers, same_bits, ulp
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -238,20 +238,20 @@ def run(emulated, x, packed, out):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("arch", LIMITS)
+@pytest.mark.parametrize("arch", DEVICES)
 def test_every_choice_of_a_tile_exists_and_fits(emulated, gated, arch):
     for rows in range(1, 140):
         for ins in (32, 4096, 8192, 14336):
             for group_size in GROUPS:
-                (*tile, depth), taken = emulated.tile(rows, ins, group_size, gated, LIMITS[arch])
+                (*tile, depth), taken = emulated.tile(rows, ins, group_size, gated, DEVICES[arch])
                 assert tuple(tile) in tiles_of(gated, ins) and depth in DEPTHS
-                assert 0 < taken <= LIMITS[arch]
+                assert 0 < taken <= DEVICES[arch][0]
                 # What a few rows need leaves room for a second block, where it decides the speed.
                 if arch in (90, 100) and rows <= 8 and group_size > 32:
-                    assert 2 * taken + 1024 <= LIMITS[arch]
+                    assert 2 * taken + 1024 <= DEVICES[arch][0]
                 if arch in (90, 100):
                     assert tile[0] == (1 if rows <= 8 else 2 if rows <= 16 else 4)
-    assert emulated.tile(1, 4096, 128, gated, 1024) == ((0, 0, 0, 0), 0)
+    assert emulated.tile(1, 4096, 128, gated, (1024, 132, 9)) == ((0, 0, 0, 0), 0)
 
 
 # What the checks above must notice, and how it shows.
@@ -262,10 +262,12 @@ MISTAKES = {
     ),
     "sums read before they are written": ("        barrier();\n#pragma unroll", "#pragma unroll"),
     "no wait for the other warps": ("barrier_among(place, Shape::slice_threads);", ""),
+    "no wait for earlier kernels": ("wait_for_earlier_kernels();", ""),
+    "x before earlier kernels are done": ("next<true, false>();", "next<true, true>();"),
     "no wait for the copies": ("wait_for_oldest(call.depth);", "wait_for_copies<3>();"),
     "a stage too early": (
-        "for (int stage = 0; stage < call.depth - 1; ++stage)",
-        "for (int stage = 0; stage < call.depth; ++stage)",
+        "for (int stage = 0; stage < call.depth - 1; ++stage) {",
+        "for (int stage = 0; stage < call.depth; ++stage) {",
     ),
     "x past a row's end": ("8 * work.lane < left);", "true);"),
     "scales past the last": ("const bool inside = group * Shape::group_size < left;", "const bool inside = true;"),
@@ -288,6 +290,8 @@ MISTAKES = {
     "registers of the matrix instruction in another order": ("a[0], a[1], a[2], a[3],", "a[0], a[2], a[1], a[3],"),
 }
 REFUSED = {
+    "no wait for earlier kernels": "no wait for earlier kernels",
+    "x before earlier kernels are done": "no wait for earlier kernels",
     "x past a row's end": "a load outside the operands",
     "scales past the last": "a load outside the operands",
     "rows past the last": "outside",
