@@ -11,7 +11,10 @@ _IGNORED = {"arguments"}
 
 
 def source_hash(kernel: str, folder: Path = KERNELS) -> str | None:
-    """sha256 of kernels/<kernel>.py and of what it imports there (tile sizes too), comments aside; None without it."""
+    """sha256 of kernels/<kernel>.py and of what it imports there (tile sizes too); None without it.
+
+    Comments and the imports themselves aside.
+    """
     if not (folder / f"{kernel}.py").exists():
         return None
     found: dict[str, str] = {}
@@ -28,7 +31,7 @@ def _collect(name: str, folder: Path, found: dict[str, str]) -> None:
         return
     source = path.read_text(encoding="utf-8")
     # Comments cost no time. A "#" in a string ends its line too, which matters to nobody.
-    lines = re.sub(r"[ \t]*#.*", "", source).splitlines()
+    lines = re.sub(r"[ \t]*#.*|^(import|from) .*", "", source, flags=re.MULTILINE).splitlines()
     found[name] = "\n".join(line for line in lines if line)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:

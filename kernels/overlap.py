@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import triton
+import triton.language as tl  # noqa: F401 - the interpreter looks for it among the globals of `begin`
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fast.kernels.arguments import INTERPRETED

@@ -78,7 +78,9 @@ def _int4(outs=(8, 4, 6), ins=192, group_size=64, symmetric=(True, False, True),
     torch.manual_seed(0)
     parts = []
     for height, is_symmetric, has_bias in zip(outs, symmetric, bias, strict=True):
-        part = Int4Linear(ins, height, group_size=group_size, symmetric=is_symmetric, bias=has_bias).to(torch.bfloat16)
+        part = Int4Linear(ins, height, group_size=group_size, symmetric=is_symmetric, bias=has_bias)
+        part.weight_scale.data.fill_(1)  # what was not written may be no scale in bf16
+        part.to(torch.bfloat16)
         part.weight_packed.data = pack_rows(torch.randint(0, 16, (height, ins), dtype=torch.uint8))
         part.weight_scale.data.uniform_(0.01, 0.02)
         if not is_symmetric:
