@@ -9,13 +9,16 @@ from transformers import AutoConfig
 from llama_fast.config import LlamaConfig
 from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.errors import ConfigError, UnsupportedError
-from llama_fast.model.quantization import refuse_quantized
+from llama_fast.model.quantization import Layout, stored_scheme
 
-BITSANDBYTES = r"config\.json: quantization_config has quant_method='bitsandbytes', bits=%d: .* not supported; use"
+BITSANDBYTES = (
+    r"config\.json: quantization_config has quant_method='bitsandbytes', bits=%d: supported are 4 bits of gptq"
+)
+INT4 = Layout(128, symmetric=True)
 OUTCOMES = {
     "genz-70b-gptq": (
         UnsupportedError,
-        r"config\.json: .*quant_method='gptq', bits=3, group_size=-1: .*not supported;",
+        r"config\.json: .*quant_method='gptq', bits=3, group_size=-1: supported are 4 bits of gptq",
     ),
     "ipex-llama3": None,
     "llama-3.2-1b-compeng": (UnsupportedError, BITSANDBYTES % 8),
@@ -30,10 +33,7 @@ OUTCOMES = {
     "mlc.tinyllama_1b_chat_v0.4": None,
     "orpheus-3b": (UnsupportedError, BITSANDBYTES % 4),
     "tinyllama-betterthanany": None,
-    "wizard-mega-13b-gptq": (
-        UnsupportedError,
-        r"/quantize_config\.json has quant_method='gptq', bits=4, group_size=128: .*not supported yet;",
-    ),
+    "wizard-mega-13b-gptq": INT4,  # says quantize_config.json
 }
 
 
@@ -46,7 +46,7 @@ def test_every_real_config_is_here(shared_data):
 def test_real_config(shared_data, tmp_path, name, refusal):
     for path in (shared_data / "configs").glob(f"{name}.*.json"):
         shutil.copy(path, tmp_path / path.name.removeprefix(f"{name}."))
-    if refusal is not None and refusal[0] is ConfigError:
+    if isinstance(refusal, tuple) and refusal[0] is ConfigError:
         with pytest.raises(refusal[0], match=refusal[1]):
             LlamaConfig.from_pretrained(tmp_path)
         return
@@ -61,7 +61,11 @@ def test_real_config(shared_data, tmp_path, name, refusal):
     GenerationDefaults.from_folder(tmp_path).check_vocab(ours.vocab_size)
 
     if refusal is None:
-        refuse_quantized(ours, tmp_path)
+        assert stored_scheme(ours, tmp_path) is None
+    elif refusal is INT4:
+        scheme = stored_scheme(ours, tmp_path)
+        assert scheme.layout_of("model.layers.0.mlp.up_proj", ours.hidden_size) == INT4
+        assert scheme.layout_of("lm_head", ours.hidden_size) is None
     else:
         with pytest.raises(refusal[0], match=refusal[1]):
-            refuse_quantized(ours, tmp_path)
+            stored_scheme(ours, tmp_path)
