@@ -85,7 +85,7 @@ def test_F1_revision_and_its_company_reach_the_hub(monkeypatch):
         assert {name: str(arguments[name]) for name in where} == {name: str(value) for name, value in where.items()}
 
 
-@pytest.mark.parametrize("name", ["device_map", "attn_implementation", "quantization_config"])
+@pytest.mark.parametrize("name", ["device_map", "attn_implementation"])
 def test_arguments_of_the_page_that_are_not_there_yet_are_named(name):
     with pytest.raises(UnsupportedError, match=rf"from_pretrained\({name}=...\)"):
         LlamaForCausalLM.from_pretrained(demo.PATH, **{name: "x"})
