@@ -612,7 +612,8 @@ def int4_model(dtype, device):
         for owner in (layer.self_attn, layer.mlp):
             for index, (name, linear) in enumerate(list(owner.named_children())):
                 outs, ins = linear.weight.shape
-                part = Int4Linear(ins, outs, group_size=32, symmetric=index % 2 == 0).to(dtype)
+                part = Int4Linear(ins, outs, group_size=32, symmetric=index % 2 == 0)
+                part.weight_scale.data = part.weight_scale.data.to(dtype)
                 part.weight_packed.data = pack_rows(torch.randint(0, 16, (outs, ins), dtype=torch.uint8))
                 part.weight_scale.data.normal_(0.0, 0.05)
                 if part.weight_zero_point is not None:
