@@ -80,7 +80,7 @@ class LinearWeight:
         weight: [out_features, in_features], the parts' rows in their order; or the same of 4-bit integers.
         bias: [out_features] or None; that of 4-bit integers is in `weight`.
         activation: of gate and up.
-        by_extension: whether generated rows go to the CUDA extension, however many, and all rows of a head; no others do.
+        by_extension: whether generated rows, however many, and all rows of a head go to the CUDA extension.
     """
 
     parts: tuple[LinearPart, ...] | tuple[Int4Linear, ...]
