@@ -36,6 +36,12 @@ def brief(value: object) -> str:
     return text if len(text) <= 400 else f"{text[:400]}..."  # six lists of six each are 36 items still
 
 
+def without_places(message: str) -> str:
+    """A message of other people's errors without addresses of objects and paths: a stranger may read it."""
+    message = re.sub(r"\b0x[0-9a-fA-F]{4,}", "0x...", message)
+    return re.sub(r"(?<![\w.<])(/[\w.@+-]+){2,}/?", "...", message)
+
+
 class LlamaFastError(Exception):
     """Base of all errors raised on purpose by this package."""
 
@@ -152,6 +158,10 @@ class RequestTimeoutError(LlamaFastError, TimeoutError):
     """A request's deadline passed."""
 
     http_status = 504
+
+
+class RequestFailedError(LlamaFastError, RuntimeError):
+    """A request's own data or callback raised while it ran; the error it raised is the cause. Others went on."""
 
 
 class PeerLostError(LlamaFastError, ConnectionError):

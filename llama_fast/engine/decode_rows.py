@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class DecodeRows:
         return SamplingBatch(**{name: field[rows] for name, field in every.items() if field is not None})
 
     def join(self, rows: Sequence[int], samples: Sequence[Sample]) -> None:
-        """Samples whose prompt is in the cache take rows at rest; their first token is drawn next.
+        """Samples take rows at rest; all their tokens but the last are in the cache.
 
         Nothing of a row is read before: it may be at rest in steps that the device has yet to run.
         """
@@ -117,8 +118,9 @@ class DecodeRows:
             self._stops[row] = sampling.stop_token_ids
         if sampling.penalizes:
             _set(self.prompt_mask[row], sample.request.prompt_token_ids, [True])
-            self.output_counts[row].zero_()
-        self._fill_bias(row, sample, may_stop=not sampling.min_tokens)
+            counts = Counter(sample.token_ids)
+            _set(self.output_counts[row], list(counts), list(counts.values()))
+        self._fill_bias(row, sample, may_stop=sample.may_stop)
 
     def _fill_bias(self, row: int, sample: Sample, may_stop: bool) -> None:
         sampling = sample.request.sampling
@@ -130,15 +132,51 @@ class DecodeRows:
             _set(self.bias[row], list(bias), list(bias.values()))
         self._biased[row] = bool(bias)
 
+    def add_pages(self, row: int, start: int, pages: Sequence[int]) -> None:
+        """A row's sequence has further pages, from place `start` on."""
+        self.page_table[row, start : start + len(pages)] = to_device(pages, torch.int64, self.done.device)
+
     def allow_stops(self, row: int, sample: Sample) -> None:
         """The row has `min_tokens`: from the next step on its stop tokens may be drawn."""
         self._fill_bias(row, sample, may_stop=True)
 
-    def rest(self, row: int) -> None:
-        """Put a row to rest."""
-        self._wide[:, row] = self._at_rest
-        # Not by assignment: PyTorch would copy the number from the host, and wait for the device.
-        self.page_table[row, 0].fill_(self.spare_page)
+    def guess(
+        self, rows: Sequence[int], targets: Sequence[int], token_ids: Sequence[int], ahead: Sequence[int]
+    ) -> None:
+        """Rows at rest run guessed tokens of sequences that have rows; no penalties or bias.
+
+        Args:
+            rows, targets: of the sequence, and for the guessed token.
+            token_ids, ahead: the token, and how many places behind the one that the sequence's row runs next.
+        """
+        device = self.done.device
+        source, target, ids, places = to_device([rows, targets, token_ids, ahead], torch.int64, device)
+        for buffer in (self._wide, self._floats, self._narrow):
+            buffer[:, target] = buffer[:, source]
+        for table in (self.page_table, self.stop_mask):
+            table[target] = table[source]
+        self.token_ids[target] = ids
+        self.slots[target] += places
+        self.seq_lens[target] += places
+        for row, other in zip(targets, rows, strict=True):
+            self._stops[row] = self._stops[other]
+            if self._biased[row]:
+                _set(self.bias[row], (), ())
+                self._biased[row] = False
+
+    def go_on(self, rows: Sequence[int], token_ids: Sequence[int], places: Sequence[int]) -> None:
+        """Rows run these tokens next, so many places behind the one that they would have run."""
+        index, ids, more = to_device([rows, token_ids, places], torch.int64, self.done.device)
+        self.token_ids[index] = ids
+        self.slots[index] += more
+        self.seq_lens[index] += more
+
+    def rest(self, *rows: int) -> None:
+        """Put rows to rest."""
+        for row in rows:
+            self._wide[:, row] = self._at_rest
+            # Not by assignment: PyTorch would copy the number from the host, and wait for the device.
+            self.page_table[row, 0].fill_(self.spare_page)
 
     def rest_all(self) -> None:
         """Put every row to rest."""

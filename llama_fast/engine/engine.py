@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import time
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from llama_fast.engine.admission import check_request
 from llama_fast.engine.decode_graph import DecodeGraph
 from llama_fast.engine.decoder import Decoder
 from llama_fast.engine.memory import cache_size, check_sizes
-from llama_fast.engine.outputs import EngineStats, FinishReason
-from llama_fast.engine.prompts import position_logprobs, run_works, score_prompt
+from llama_fast.engine.outputs import EngineStats
 from llama_fast.engine.request import Request, Sample
-from llama_fast.engine.scheduler import Scheduler, Work
-from llama_fast.engine.scheduler import Sequence as SequenceInCache
+from llama_fast.engine.running import Running
+from llama_fast.engine.scheduler import Scheduler
 from llama_fast.engine.warm_up import warm_up
-from llama_fast.errors import EngineDeadError, NonFiniteLogitsError, OutOfMemoryError, RequestError
+from llama_fast.errors import EngineDeadError, OutOfMemoryError, RequestError
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE, PagedKVCache
 from llama_fast.model.llama import LlamaLM
 from llama_fast.ops import select_backend
@@ -32,7 +30,6 @@ from llama_fast.ops.replay import (
     is_out_of_memory,
     on_device,
 )
-from llama_fast.ops.transfers import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,8 @@ class Engine:
         cache_bytes: size of the KV cache; default what max_batch sequences of max_seq_len need, at most half of the
             memory that is free beside the weights.
         page_size, split_size: of the cache (see kv_cache.py); split_size is part of every result's bits.
-        prefill_chunk: prompt tokens run in one step.
+        prefill_chunk: tokens run in one step, of prompts and of samples that decode.
+        prefix_caching: whether prompts that begin like earlier ones take those tokens' K and V from the cache.
         graphs: whether decoding steps are captured where the device can; False launches every kernel anew.
         steps_ahead: decoding steps that are enqueued before the host reads the first; default what suits the device.
 
@@ -75,6 +73,7 @@ class Engine:
         page_size: int = PAGE_SIZE,
         split_size: int = SPLIT_SIZE,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefix_caching: bool = True,
         graphs: bool = True,
         steps_ahead: int | None = None,
     ) -> None:
@@ -99,6 +98,7 @@ class Engine:
         self.ops.check_cache(model.config.head_dim, page_size, model.dtype, model.device)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
+        self.prefix_caching = prefix_caching
         self.cache = PagedKVCache(
             model.config,
             pages,
@@ -113,15 +113,31 @@ class Engine:
             self.decoder = Decoder(self._graph, self.ops, model.device, steps_ahead)
         self._dead: EngineDeadError | None = None
         self._owner: dict[str, object] = {}
+        self._process = os.getpid()
         self._prepared: object = None
         self._at_ready = (device_allocations(model.device), compiled_kernels())
         self._reset()
 
     def _reset(self) -> None:
-        self.scheduler = Scheduler(self.cache.num_pages, self.cache.page_size, self.max_batch, self.prefill_chunk)
-        self._samples: dict[SequenceInCache, Sample] = {}
+        """Begin with an empty cache and nothing queued."""
+        share_generated = self.ops.ROLES_SHARE_RUNS and self.model.model.rotary.state(1) == ()
+        scheduler = Scheduler(
+            self.cache.num_pages,
+            self.cache.page_size,
+            self.max_batch,
+            self.prefill_chunk,
+            lookahead=self.decoder.steps_ahead + 1,
+            share_prefixes=self.prefix_caching,
+            share_generated=share_generated,
+        )
         with self._at_work():
-            self.decoder.forget()
+            self._running = Running(self.model, self.ops, self.cache, self.decoder, scheduler)
+        self._in_order = True
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What waits and runs, and whose pages are whose."""
+        return self._running.scheduler
 
     def make_ready(self) -> None:
         """Make the weights as the backend wants them, compile, capture: what else the first request would wait for.
@@ -140,6 +156,8 @@ class Engine:
                 self.max_batch = self.scheduler.max_batch = self._graph.max_batch
             try:
                 warm_up(self.model, self.ops, self.cache, self._graph, self.prefill_chunk)
+                if self.scheduler.prefixes is not None:
+                    self.scheduler.prefixes.clear()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -159,6 +177,7 @@ class Engine:
             captured=tuple(self._graph.buckets) if self._graph.captures else (),
             allocations=None if device_now is None or device_before is None else device_now - device_before,
             compilations=compiled_kernels() - compiled_before,
+            **self.scheduler.stats(),
         )
 
     def check(self, request: Request) -> None:
@@ -178,29 +197,95 @@ class Engine:
         Raises:
             RequestError: a request can never run (see `check`), or this engine is running others.
         """
-        run = object()
-        try:
-            # One atomic step inside `try`: an interrupt between taking a lock and `try` would leave it taken.
-            if self._owner.setdefault("run", run) is not run:
-                raise RequestError("this engine is generating already; finish or close that stream first")
-            if (self.cache.pool.dtype, self.cache.pool.device) != (self.model.dtype, self.model.device):
-                raise RequestError("the model was moved or cast after its engine was made; make a new LLM or Engine")
-            # Here, not at the end: an interrupt during the clean-up would leave pages taken.
-            self._reset()
+        with self.session():
             for request in requests:
                 self.check(request)
             self.make_ready()
             for request in requests:
-                self.check(request)  # there may be memory for fewer sequences than was thought
-            for request in requests:
-                first = request.samples[0]
-                self._samples[first.sequence] = first
-                self.scheduler.add(first.sequence)
-            while self.scheduler.has_work:
+                self.add(request)  # checked again: there may be memory for fewer sequences than was thought
+            while self.has_work:
                 yield self.step()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Makes the caller the one who adds requests and calls `step`. At its end what is unfinished is dropped.
+
+        Raises:
+            RequestError: somebody else is.
+        """
+        session = object()
+        try:
+            if self._dead is not None:
+                raise self._dead
+            if self._device.type == "cuda" and self._process != os.getpid():
+                raise RequestError("the engine was made in another process, whose GPU a fork cannot use; make one here")
+            # One atomic step inside `try`: an interrupt between taking a lock and `try` would leave it taken.
+            if self._owner.setdefault("session", session) is not session:
+                raise RequestError("this engine is generating already; finish or close that stream first")
+            if (self.cache.pool.dtype, self.cache.pool.device) != (self.model.dtype, self.model.device):
+                raise RequestError("the model was moved or cast after its engine was made; make a new LLM or Engine")
+            # Here, not at the end: an interrupt during the clean-up would leave pages taken.
+            if not self._in_order:
+                self._reset()
+            yield
         finally:
-            if self._owner.get("run") is run:
+            if self._owner.get("session") is session:
+                if self._in_order and self._dead is None:
+                    self._drop_unfinished()
                 self._owner.clear()
+
+    def _drop_unfinished(self) -> None:
+        for request in list({id(s.request): s.request for s in self._running.samples.values()}.values()):
+            self.abort(request)
+        # What is on its way would be read as tokens of the next session.
+        self._in_order = False
+        with self._at_work():
+            self.decoder.forget()
+        self._in_order = True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request; in a session.
+
+        Raises:
+            RequestError: it can never run (see `check`), or was added before.
+        """
+        self.check(request)
+        if request.metrics.started is not None or request.finished:
+            raise RequestError(f"prompt {request.index}: this request has run already; make a new one")
+        root = (request.cache_salt, self.model.model.rotary.state(len(request.prompt_token_ids)))
+        # Where every position counts every position has to run.
+        all_run = request.prompt_logprobs is not None or request.pooling not in (None, "last")
+        request.samples[0].sequence.root = None if all_run else root
+        with self._moving():
+            self._running.add(request)
+
+    def abort(self, request: Request) -> None:
+        """End a request that waits or runs: what its samples have so far is theirs, the rest of the engine goes on.
+
+        One that has ended already, or was never added, stays as it is.
+        """
+        with self._at_work(), self._moving():
+            self._running.abort(request)
+
+    def abort_soon(self, request: Request) -> None:
+        """The same for any thread and at any time: it happens before the next step, which returns its samples."""
+        self._running.to_abort.append(request)
+
+    def close(self) -> None:
+        """Give the cache and the captured graphs back; the engine cannot run any more.
+
+        Raises:
+            RequestError: it is running.
+        """
+        if self._owner:
+            raise RequestError("this engine is generating; finish or close that stream before closing the engine")
+        self._dead = EngineDeadError("this engine is closed; make a new one")
+        del self.cache, self._graph, self.decoder, self._running
 
     def step(self) -> list[Sample]:
         """A chunk of the waiting prompts, decoding steps for the device to work on, and the oldest draw read.
@@ -218,7 +303,15 @@ class Engine:
                     "the model's weights changed, or another engine or a call with gradients took them, while this "
                     "engine was generating; finish or close that stream first"
                 )
-            return self._step()
+            with self._moving():
+                return self._running.step()
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Around what leaves pages and rows in disorder if it is interrupted: the next session begins anew then."""
+        self._in_order = False
+        yield
+        self._in_order = True
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -244,129 +337,3 @@ class Engine:
             reason = " ".join(str(error).split())[:300]
             self._dead = EngineDeadError(f"the device failed ({reason}); start a new process")
             raise self._dead from error
-
-    def _step(self) -> list[Sample]:
-        works = self.scheduler.plan()
-        failed: list[Sample] = []
-        if works:
-            # Where the decoding samples' tokens are all known, one pass over the weights may serve both.
-            shared = self.decoder.samples if self.ops.ROLES_SHARE_RUNS and not self.decoder.unread else []
-            try:
-                samples, logits = self._run_prompts(works, shared)
-                if not shared and samples:
-                    self.decoder.draw(samples, logits)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = self._fail(works, error)
-            else:
-                if shared:
-                    # Not in `try`: once the shared samples' rows go on, their tokens must be read.
-                    self.decoder.draw(samples, logits)
-        while self.decoder.may_enqueue:
-            self.decoder.enqueue()
-        return failed + (self._read() if self.decoder.unread else [])
-
-    def _run_prompts(self, works: list[Work], shared: list[Sample]) -> tuple[list[Sample], Tensor]:
-        """Run chunks of prompts, and the next token of the `shared` samples.
-
-        Returns:
-            The samples that draw now, those whose prompt is through and the shared ones, and their logits.
-        """
-        now = time.monotonic()
-        for work in works:
-            metrics = self._samples[work.sequence].request.metrics
-            metrics.started = metrics.started or now
-        ends = [len(sample.sequence.token_ids) for sample in shared]
-        decoding = [Work(sample.sequence, end - 1, end) for sample, end in zip(shared, ends, strict=True)]
-        hidden_states = run_works([*works, *decoding], self.model, self.ops, self.cache)
-        for work, states in zip(works, hidden_states, strict=False):
-            score_prompt(self._samples[work.sequence].request, work, states, self.model, self.ops)
-        due = [row for row, work in enumerate(works) if work.samples]
-        rows: list[int] = []
-        samples: list[Sample] = []
-        for place, row in enumerate(due):
-            forked = self._fork(works[row])
-            samples += forked
-            rows += [place] * len(forked)
-        self.decoder.join(samples)
-        rows += range(len(due), len(due) + len(shared))
-        due += range(len(works), len(works) + len(shared))
-        if not due:
-            return [], hidden_states[0]
-        logits = self.model.logits(torch.stack([hidden_states[row][-1] for row in due]), self.ops)
-        if len(rows) > len(due):
-            logits = logits[to_device(rows, torch.int64, logits.device)]
-        return samples + shared, logits
-
-    def _fork(self, work: Work) -> list[Sample]:
-        """The samples of a prompt that is through; the further ones fork off."""
-        sample = self._samples[work.sequence]
-        forks, source, target = self.scheduler.fork(work.sequence)
-        for other, fork in zip(sample.request.samples[1:], forks, strict=True):
-            other.sequence = fork
-            self._samples[fork] = other
-        if source:
-            self.cache.copy_pages(self.ops, source, target)
-        return sample.request.samples
-
-    def _read(self) -> list[Sample]:
-        """Hand the tokens of the oldest draw to their samples."""
-        drawn = self.decoder.read()
-        now = time.monotonic()
-        for token in drawn:
-            sample, request = token.sample, token.sample.request
-            if token.token_id < 0:
-                request.error = NonFiniteLogitsError(
-                    f"the logits after token {len(sample.sequence.token_ids)} hold NaN or no finite value; "
-                    "check the weights, or use dtype='float32'"
-                )
-                self._end(sample, "error", at_rest=True)
-            elif request.sampling.max_tokens == 0:
-                self._end(sample, "length", at_rest=True)
-            else:
-                request.metrics.first_token = request.metrics.first_token or now
-                sample.append(token.token_id)
-                sample.sequence.num_computed = len(sample.sequence.token_ids) - 1
-                if sample.logprobs is not None and token.log_probs is not None:
-                    num_top = request.sampling.logprobs or 0
-                    sample.logprobs.append(position_logprobs(token.token_id, token.log_probs, num_top))
-                if sample.finish_reason is not None:
-                    # The device knows no texts: it goes on behind a stop string.
-                    self._release(sample, at_rest=not isinstance(sample.stop_reason, str))
-        return [token.sample for token in drawn]
-
-    def abort(self, request: Request) -> None:
-        """End a request that waits or runs: what its samples have so far is theirs, the rest of the engine goes on."""
-        with self._at_work():
-            for sample in request.samples:
-                if sample.finish_reason is None:
-                    self._end(sample, "abort", at_rest=False)
-
-    def _fail(self, works: list[Work], error: Exception) -> list[Sample]:
-        """End the requests whose prompts found no memory."""
-        failed: list[Sample] = []
-        for request in {id(r): r for r in (self._samples[work.sequence].request for work in works)}.values():
-            request.error = OutOfMemoryError(
-                f"prompt {request.index}: a step of {self.prefill_chunk} prompt tokens needs more memory than there is "
-                f"({' '.join(str(error).split())[:200]}); lower prefill_chunk, cache_bytes or max_batch"
-            )
-            for sample in request.samples:
-                if sample.finish_reason is None:
-                    self._end(sample, "error", at_rest=False)
-                    failed.append(sample)
-        return failed
-
-    def _end(self, sample: Sample, reason: FinishReason, at_rest: bool) -> None:
-        sample.finish(reason)
-        self._release(sample, at_rest)
-
-    def _release(self, sample: Sample, at_rest: bool) -> None:
-        """Give up the row and the pages of a sample that ended."""
-        self.decoder.leave(sample, at_rest)
-        # Samples that have not forked yet have the first one's sequence.
-        if self._samples.get(sample.sequence) is sample:
-            del self._samples[sample.sequence]
-            self.scheduler.finish(sample.sequence)
-        if all(other.finish_reason is not None for other in sample.request.samples):
-            sample.request.metrics.finished = time.monotonic()

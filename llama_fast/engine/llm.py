@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import numbers
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import cast
+from typing import Any, Self, cast, get_args
 
 import torch
+from torch import Tensor
 
+from llama_fast.engine import inputs
 from llama_fast.engine.engine import DEFAULT_MAX_BATCH, DEFAULT_PREFILL_CHUNK, Engine
-from llama_fast.engine.outputs import RequestOutput, TokenChunk
+from llama_fast.engine.inputs import Prompt, Prompts
+from llama_fast.engine.outputs import EngineStats, RequestOutput, TokenChunk
 from llama_fast.engine.plan import engine_sizes
-from llama_fast.engine.request import Request
+from llama_fast.engine.request import Pooling, Request, Sample
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
-from llama_fast.errors import GenerationInterrupted, RequestError
+from llama_fast.errors import GenerationInterrupted, RequestError, brief
 from llama_fast.hub import find_folder
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE
 from llama_fast.model.llama import LlamaLM
@@ -27,7 +29,7 @@ from llama_fast.model.quantization import Int4Config
 from llama_fast.ops import select_backend
 from llama_fast.tokenizer import LlamaTokenizer
 
-Prompt = str | Sequence[int]
+OnToken = Callable[[TokenChunk], None]
 
 
 class LLM:
@@ -39,6 +41,8 @@ class LLM:
     print(outputs[0].outputs[0].text)
     ```
 
+    One thread generates at a time; a second one gets a RequestError. AsyncLLM serves many callers at once.
+
     Args:
         model: checkpoint folder or hub id `owner/name`.
         device: None picks the first GPU, else the CPU.
@@ -47,7 +51,8 @@ class LLM:
         load: "mmap" shares the weights' pages with their files on the CPU; "copy" reads them into memory of their own,
             so that files may be rewritten while the model runs.
         quantization: "int4", or an Int4Config, rounds the projections' weights while they are read.
-        max_batch, max_seq_len, cache_bytes, page_size, split_size, prefill_chunk, graphs, steps_ahead: see `Engine`.
+        max_batch, max_seq_len, cache_bytes, page_size, split_size, prefill_chunk, prefix_caching, graphs,
+            steps_ahead: see `Engine`.
         revision, cache_dir, token, local_files_only: for hub ids, as in huggingface_hub.
 
     Raises:
@@ -70,6 +75,7 @@ class LLM:
         page_size: int = PAGE_SIZE,
         split_size: int = SPLIT_SIZE,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefix_caching: bool = True,
         graphs: bool = True,
         steps_ahead: int | None = None,
         revision: str | None = None,
@@ -77,6 +83,9 @@ class LLM:
         token: str | None = None,
         local_files_only: bool = False,
     ) -> None:
+        self._closed = False
+        # Of the call that is running.
+        self._current: Sequence[Request] = ()
         folder = find_folder(
             model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
@@ -106,6 +115,7 @@ class LLM:
             page_size=page_size,
             split_size=split_size,
             prefill_chunk=prefill_chunk,
+            prefix_caching=prefix_caching,
             graphs=graphs,
             steps_ahead=steps_ahead,
         )
@@ -113,26 +123,123 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
+        timeout: float | None = None,
+        on_token: OnToken | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either. Texts get the tokenizer's bos token.
+            prompts: a text, a list of token ids, a chat (a list of messages), or a list of these. Texts get the
+                tokenizer's bos token, chats the checkpoint's template.
             sampling_params: one for all prompts or one for each; unset fields come from generation_config.json.
+            priority: one for all or one for each; lower ones run first, equal ones in their order here.
+            cache_salt: the prompts share the cache's pages only with those of the same salt.
+            timeout: seconds after which what is unfinished ends with finish_reason "error" and a RequestTimeoutError.
+            on_token: called with a TokenChunk for every token. What it raises ends the request with a
+                RequestFailedError; the others go on.
             use_tqdm: progress bar over the prompts on stderr; None shows it on a terminal for more than one prompt.
 
         Returns:
             One output a prompt, in order.
 
         Raises:
-            RequestError: a prompt or parameter is invalid; nothing has been generated then.
+            RequestError: a prompt or parameter is invalid, or another thread is generating; nothing has been generated
+                then.
             GenerationInterrupted: Ctrl-C; its `outputs` hold everything generated so far, and the LLM stays usable.
         """
-        requests = self._requests(prompts, sampling_params)
+        options = {"cache_salt": cache_salt, "timeout": timeout, "on_token": on_token}
+        requests = self._requests(prompts, sampling_params, priority, **options)
+        self._run(requests, use_tqdm)
+        return [request.output() for request in requests]
+
+    def stream(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> Generator[TokenChunk, None, None]:
+        """Like `generate`, handing out text as it becomes final.
+
+        The joined texts of a sample's chunks are the text that `generate` returns. Closing the iterator ends the
+        requests. Ctrl-C raises GenerationInterrupted as in `generate`. The call itself refuses invalid requests.
+        """
+        return self._stream(self._requests(prompts, sampling_params, priority, cache_salt=cache_salt, timeout=timeout))
+
+    def encode(
+        self,
+        prompts: Prompts,
+        pooling: Pooling = "last",
+        *,
+        normalize: bool = False,
+        cache_salt: str = "",
+        use_tqdm: bool | None = None,
+    ) -> list[Tensor]:
+        """Hidden states of the prompts after the final norm, for embeddings.
+
+        Args:
+            prompts: as in `generate`.
+            pooling: "last" and "first" token, the "mean" over all, or "all" of them.
+            normalize: divide each vector by its Euclidean length.
+
+        Returns:
+            For each prompt, on the CPU in fp32: [hidden_size], or [num_tokens, hidden_size] for "all".
+
+        Raises:
+            RequestError: a prompt or an argument is invalid; nothing has been run then.
+            KeyboardInterrupt: Ctrl-C; the LLM stays usable.
+        """
+        if pooling not in get_args(Pooling):
+            raise RequestError(f"pooling={brief(pooling)} must be one of {', '.join(get_args(Pooling))}")
+        params = SamplingParams(max_tokens=0)
+        requests = self._requests(prompts, params, pooling=pooling, cache_salt=cache_salt)
+        self._run(requests, use_tqdm)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        vectors = [request.pooled for request in requests if request.pooled is not None]
+        return [torch.nn.functional.normalize(one, dim=-1) for one in vectors] if normalize else vectors
+
+    def abort(self, request_index: int) -> bool:
+        """End a request of the call that is running: from `on_token`, between two chunks, or from another thread.
+
+        It keeps what it has and ends before the next step, with finish_reason "abort".
+
+        Returns:
+            Whether there was such a request and it had not ended.
+        """
+        request = next((one for one in self._current if one.index == request_index), None)
+        if request is None or request.finished:
+            return False
+        self.engine.abort_soon(request)
+        return True
+
+    def stats(self) -> EngineStats:
+        """Counts of the engine: steps, pages, preemptions, shared prefixes."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Give the cache, the captured graphs and the model back. Nothing can be generated any more; twice is once."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+            del self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, requests: list[Request], use_tqdm: bool | None) -> None:
         if use_tqdm is None:
             use_tqdm = len(requests) > 1 and sys.stderr.isatty()
         try:
@@ -141,98 +248,105 @@ class LLM:
                 ProgressBar(total=len(requests), desc="prompts", disable=not use_tqdm) as bar,
             ):
                 for samples in steps:
+                    self._current = requests
                     ended = {s.request.index for s in samples if s.request.metrics.finished is not None}
                     bar.update(len(ended))
         except KeyboardInterrupt as interrupt:
             raise GenerationInterrupted(_aborted(requests)) from interrupt
-        return [request.output() for request in requests]
-
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Generator[TokenChunk, None, None]:
-        """Like `generate`, handing out text as it becomes final.
-
-        The joined texts of a sample's chunks are the text that `generate` returns. Closing the iterator ends the
-        requests. Ctrl-C raises GenerationInterrupted as in `generate`. The call itself refuses invalid requests.
-        """
-        return self._stream(self._requests(prompts, sampling_params))
+        finally:
+            if self._current is requests:
+                self._current = ()
 
     def _stream(self, requests: list[Request]) -> Generator[TokenChunk, None, None]:
         try:
             with closing(self.engine.run(requests)) as steps:
                 for samples in steps:
+                    self._current = requests
                     for sample in samples:
-                        yield TokenChunk(
-                            request_index=sample.request.index,
-                            index=sample.index,
-                            text=sample.new_text,
-                            token_ids=[] if sample.finish_reason == "error" else sample.token_ids[-1:],
-                            finish_reason=sample.finish_reason,
-                            error=sample.request.error,
-                        )
+                        yield chunk_of(sample)
         except KeyboardInterrupt as interrupt:
             raise GenerationInterrupted(_aborted(requests)) from interrupt
+        finally:
+            if self._current is requests:
+                self._current = ()
 
     def _requests(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] = 0,
+        **options: Any,
     ) -> list[Request]:
-        prompt_list = _prompt_list(prompts)
-        params: Sequence[SamplingParams] = ()
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompt_list)
-        elif isinstance(sampling_params, list | tuple):
-            params = sampling_params
-        if len(params) != len(prompt_list) or not all(isinstance(one, SamplingParams) for one in params):
-            raise RequestError(
-                f"sampling_params must be SamplingParams, one for all or one for each of {len(prompt_list)} prompts"
-            )
-        config = self.model.config
-        requests = []
-        for index, (prompt, one) in enumerate(zip(prompt_list, params, strict=True)):
-            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _id_list(prompt, index)
-            resolved = one.resolve(
-                self.generation_defaults,
-                config.eos_token_id,
-                prompt_len=len(prompt_ids),
-                max_seq_len=self.engine.max_seq_len,
-                vocab_size=config.vocab_size,
-            )
-            text = prompt if isinstance(prompt, str) else None
-            # Made plain only now: a prompt that is too long by far has been refused by its length alone.
-            requests.append(Request(text, _plain(prompt_ids), resolved, self.tokenizer, index))
-            self.engine.check(requests[-1])
-        return requests
+        listed = inputs.prompt_list(prompts)
+        sampling_params = SamplingParams() if sampling_params is None else sampling_params
+        params = inputs.one_each("sampling_params", SamplingParams, sampling_params, len(listed))
+        priorities = inputs.one_each("priority", int, priority, len(listed))
+        return [
+            self.request(prompt, params[index], index, priority=priorities[index], **options)
+            for index, prompt in enumerate(listed)
+        ]
 
+    def request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        index: int = 0,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout: float | None = None,
+        on_token: OnToken | None = None,
+        pooling: Pooling | None = None,
+    ) -> Request:
+        """A request for `Engine.add`, checked. Its arguments are those of `generate`; `index` names it in messages.
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One text or one list of ids is one prompt; a list of either is several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if hasattr(prompts, "tolist"):  # a tensor or array of ids
-        prompts = prompts.tolist()
-    if not isinstance(prompts, list | tuple):
-        raise RequestError(
-            f"prompts must be a text, a list of token ids, or a list of them; got {type(prompts).__name__}"
+        Raises:
+            RequestError: the prompt or an argument is invalid, or this LLM is closed.
+        """
+        if self._closed:
+            raise RequestError("this LLM is closed; make a new one")
+        inputs.check_options(priority, cache_salt, timeout, on_token)
+        prompt_ids: Sequence[int]
+        if isinstance(prompt, str):
+            prompt_ids = self.tokenizer.encode(prompt)
+        elif inputs.is_chat(prompt):
+            prompt_ids = self.tokenizer.apply_chat_template(cast(Any, prompt), add_generation_prompt=True)
+        else:
+            prompt_ids = inputs.id_list(prompt, index)
+        resolved = sampling_params.resolve(
+            self.generation_defaults,
+            self.model.config.eos_token_id,
+            prompt_len=len(prompt_ids),
+            max_seq_len=self.engine.max_seq_len,
+            vocab_size=self.model.config.vocab_size,
         )
-    if len(prompts) and isinstance(prompts[0], numbers.Integral):
-        return [cast(Sequence[int], prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+        request = Request(
+            prompt if isinstance(prompt, str) else None,
+            # Made plain only now: a prompt that is too long by far has been refused by its length alone.
+            inputs.plain_ids(prompt_ids),
+            resolved,
+            self.tokenizer,
+            index,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout=timeout,
+            on_token=None if on_token is None else lambda sample: on_token(chunk_of(sample)),
+            pooling=pooling,
+        )
+        self.engine.check(request)
+        return request
 
 
-def _id_list(prompt: Sequence[int], index: int) -> Sequence[int]:
-    """A list, tuple, tensor or array as a list or tuple."""
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, list | tuple):
-        raise RequestError(f"prompt {index} must be a text or a list of token ids; got {type(prompt).__name__}")
-    return prompt
-
-
-def _plain(prompt_ids: Sequence[int]) -> list[int]:
-    """Plain ints for any integers; what is not an id is left for the engine to refuse."""
-    return [i if isinstance(i, bool) or not isinstance(i, numbers.Integral) else int(i) for i in prompt_ids]
+def chunk_of(sample: Sample) -> TokenChunk:
+    """What the last step added to a sample."""
+    return TokenChunk(
+        request_index=sample.request.index,
+        index=sample.index,
+        text=sample.new_text,
+        token_ids=list(sample.new_token_ids),
+        finish_reason=sample.finish_reason,
+        error=sample.request.error,
+    )
 
 
 def _aborted(requests: list[Request]) -> list[RequestOutput]:

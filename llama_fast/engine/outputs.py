@@ -53,13 +53,37 @@ class RequestMetrics:
         arrival: when it was submitted.
         started: when its prompt was first worked on.
         first_token: when its first token was known.
+        last_token: when its last token was known.
         finished: when its last sample ended.
+        shared_tokens: prompt tokens that were not run, as the cache held them when the prompt was first worked on.
+        preempted: times that a sample of it waited in the host's memory.
+        guessed, guessed_right: tokens that prompt lookup guessed, and how many of them rightly.
     """
 
     arrival: float
     started: float | None = None
     first_token: float | None = None
+    last_token: float | None = None
     finished: float | None = None
+    shared_tokens: int = 0
+    preempted: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from submission until its prompt was first worked on."""
+        return None if self.started is None else self.started - self.arrival
+
+    @property
+    def prefill_time(self) -> float | None:
+        """Seconds from then to the first token."""
+        return None if self.first_token is None or self.started is None else self.first_token - self.started
+
+    @property
+    def decode_time(self) -> float | None:
+        """Seconds from the first token to the last."""
+        return None if self.first_token is None or self.last_token is None else self.last_token - self.first_token
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -85,6 +109,13 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     error: LlamaFastError | None = None
+
+    @property
+    def inter_token_time(self) -> float | None:
+        """Mean seconds between two tokens of its longest sample; None below two."""
+        steps = max((len(sample.token_ids) for sample in self.outputs), default=0) - 1
+        seconds = self.metrics.decode_time
+        return None if seconds is None or steps < 1 else seconds / steps
 
 
 @dataclass(frozen=True)
@@ -118,9 +149,23 @@ class EngineStats:
         allocations: times that memory was taken from the device since the engine was ready; None where PyTorch does not
             count them, as on the CPU.
         compilations: kernels that the process compiled or loaded since then.
+        waiting, running: sequences, preempted ones among the waiting.
+        preempted: times that a sequence gave up its pages.
+        pages, free_pages: of the cache.
+        shared_pages: known pages that a prompt may begin with, in use or free.
+        prompt_tokens: of the prompts that began to run.
+        shared_tokens: of these, those that were not run, as a page held them.
     """
 
     decode_steps: int
     captured: tuple[int, ...]
     allocations: int | None
     compilations: int
+    waiting: int = 0
+    running: int = 0
+    preempted: int = 0
+    pages: int = 0
+    free_pages: int = 0
+    shared_pages: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0

@@ -24,6 +24,8 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "seed": (0, 2**64 - 1),
     "logprobs": (0, 128),
     "prompt_logprobs": (0, 128),
+    "prompt_lookup_num_tokens": (0, 64),
+    "max_matching_ngram_size": (1, 16),
     "max_new_tokens": (0, MAX_INT32),
     "max_length": (0, MAX_INT32),
     "min_new_tokens": (0, MAX_INT32),

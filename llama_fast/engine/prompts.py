@@ -32,10 +32,7 @@ def run_works(works: Sequence[Work], model: LlamaLM, ops: ModuleType, cache: Pag
         for work in works
     ]
     batch = pack(ops, model.model.rotary, chunks, cache.split_size, model.device)
-    hidden_states = model.model.run(batch, cache).split([work.end - work.start for work in works])
-    for work in works:
-        work.sequence.num_computed = work.end
-    return hidden_states
+    return model.model.run(batch, cache).split([work.end - work.start for work in works])
 
 
 def score_prompt(request: Request, work: Work, hidden_states: Tensor, model: LlamaLM, ops: ModuleType) -> None:
@@ -43,6 +40,8 @@ def score_prompt(request: Request, work: Work, hidden_states: Tensor, model: Lla
     if request.prompt_logprobs is None:
         return
     sequence, num_top = work.sequence, request.sampling.prompt_logprobs or 0
+    # The work may have been scored before, and have failed after that.
+    del request.prompt_logprobs[work.start + 1 :]
     # The last prompt token predicts no prompt token.
     for start in range(work.start, min(work.end, sequence.prompt_len - 1), SCORED_ROWS):
         end = min(start + SCORED_ROWS, work.end, sequence.prompt_len - 1)
@@ -51,6 +50,21 @@ def score_prompt(request: Request, work: Work, hidden_states: Tensor, model: Lla
         scores = zip(*(tensor.tolist() for tensor in ops.log_probs(logits, targets, num_top)), strict=True)
         for token_id, scored in zip(targets.tolist(), scores, strict=True):
             request.prompt_logprobs.append(position_logprobs(token_id, scored, num_top))
+
+
+def pool_states(request: Request, work: Work, hidden_states: Tensor, model: LlamaLM, ops: ModuleType) -> None:
+    """Keep what the request's pooling wants of a work's hidden states [tokens, hidden_size]; pool behind the last."""
+    if request.pooling == "last":
+        hidden_states = hidden_states[-1:] if work.samples else hidden_states[:0]
+    elif request.pooling == "first":
+        hidden_states = hidden_states[:1] if work.start == 0 else hidden_states[:0]
+    if len(hidden_states):
+        norm = model.prepared_norm
+        request.states[work.start] = ops.rms_norm(hidden_states, norm.weight, norm.eps).float().cpu()
+    if work.samples:
+        # Added up all at once, so that the sum does not depend on the chunks.
+        states = torch.cat([request.states[start] for start in sorted(request.states)])
+        request.pooled = states if request.pooling == "all" else states.mean(0)
 
 
 def position_logprobs(

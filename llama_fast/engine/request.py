@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from llama_fast.engine.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestMetrics, RequestOutput
+from llama_fast.engine.prompt_lookup import PromptLookup
 from llama_fast.engine.sampling import ResolvedSampling
 from llama_fast.engine.scheduler import Sequence
 from llama_fast.errors import LlamaFastError
 from llama_fast.tokenizer import LlamaTokenizer, TokenStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pooling = Literal["last", "first", "mean", "all"]
 
 
 class StoppableText:
@@ -66,6 +74,13 @@ class Request:
         sampling: concrete parameters.
         tokenizer: decodes and finds stop strings; None for ids only.
         index: which prompt of the call.
+        priority: lower ones run first; equal ones in order of arrival.
+        cache_salt: requests share pages of equal beginnings only with those of the same salt.
+        timeout: seconds from now after which it ends with RequestTimeoutError; None: never.
+        on_token: called with a sample when it got a token; what it raises ends the request.
+        pooling: which hidden states of the prompt (after the final norm) are wanted instead of tokens.
+        states: of these, what the chunks run so far gave, by their start.
+        pooled: these, fp32 on the CPU: [hidden_size], or [num_tokens, hidden_size] for "all".
     """
 
     prompt: str | None
@@ -73,6 +88,13 @@ class Request:
     sampling: ResolvedSampling
     tokenizer: LlamaTokenizer | None
     index: int = 0
+    priority: int = 0
+    cache_salt: str = ""
+    timeout: float | None = None
+    on_token: Callable[[Sample], None] | None = None
+    pooling: Pooling | None = None
+    pooled: Tensor | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     error: LlamaFastError | None = None
@@ -83,9 +105,24 @@ class Request:
             self.prompt_logprobs = [None]
         prompt_len = len(self.prompt_token_ids)
         first = Sequence(
-            list(self.prompt_token_ids), prompt_len, prompt_len + self.sampling.max_tokens, self.sampling.n
+            list(self.prompt_token_ids),
+            prompt_len,
+            prompt_len + self.sampling.max_tokens,
+            self.sampling.n,
+            priority=self.priority,
+            guesses=self.sampling.prompt_lookup_num_tokens,
         )
         self.samples = [Sample(self, index, first) for index in range(self.sampling.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its samples have ended."""
+        return all(sample.finish_reason is not None for sample in self.samples)
+
+    @property
+    def deadline(self) -> float | None:
+        """On the monotonic clock."""
+        return None if self.timeout is None else self.metrics.arrival + self.timeout
 
     def output(self) -> RequestOutput:
         """What is known by now."""
@@ -104,7 +141,7 @@ class Sample:
 
     Attributes:
         sequence: its tokens in the cache; until the prompt has run, that of sample 0.
-        new_text: text that became final in the last step.
+        new_text, new_token_ids: text that became final in the last step, and its tokens.
     """
 
     def __init__(self, request: Request, index: int, sequence: Sequence) -> None:
@@ -116,6 +153,7 @@ class Sample:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.new_text = ""
+        self.new_token_ids: list[int] = []
 
     @cached_property
     def _text(self) -> StoppableText | None:
@@ -128,6 +166,16 @@ class Sample:
         stream.skip(request.prompt_token_ids)
         return StoppableText(stream, request.sampling.stop)
 
+    @cached_property
+    def lookup(self) -> PromptLookup | None:
+        """Guesses what follows, if that is wanted. Penalties and bias depend on the tokens before: none then."""
+        sampling = self.request.sampling
+        if not sampling.prompt_lookup_num_tokens or sampling.penalizes or sampling.logit_bias or sampling.min_tokens:
+            return None
+        return PromptLookup(
+            self.sequence.token_ids, sampling.prompt_lookup_num_tokens, sampling.max_matching_ngram_size
+        )
+
     @property
     def may_stop(self) -> bool:
         """Whether `min_tokens` is reached, counting the tokens so far."""
@@ -138,7 +186,7 @@ class Sample:
         sampling = self.request.sampling
         self.token_ids.append(token_id)
         self.sequence.token_ids.append(token_id)
-        self.new_text = ""
+        self.new_text, self.new_token_ids = "", [token_id]
         if token_id in sampling.stop_token_ids and self.may_stop:
             self._end("stop", token_id)
             return
@@ -152,7 +200,7 @@ class Sample:
 
     def finish(self, reason: FinishReason) -> None:
         """End the sample without a further token."""
-        self.new_text = ""
+        self.new_text, self.new_token_ids = "", []
         self._end(reason)
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:

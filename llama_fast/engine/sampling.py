@@ -63,6 +63,11 @@ class SamplingParams:
             raw distribution (before penalties, bias, temperature and filters). Default: none.
         prompt_logprobs: the same for each prompt token but the first. Default: none.
         skip_special_tokens: leave special tokens out of the text (default True).
+        prompt_lookup_num_tokens: 0 to 64: guess up to so many tokens from what followed the last ones before, and
+            verify them at once; the same tokens, sooner where text repeats itself. Nothing is guessed with penalties,
+            logit_bias or min_tokens. Default: 0, off.
+        max_matching_ngram_size: 1 to 16: last tokens that must have stood in the text before (default 3; tried down to
+            2).
 
     Raises:
         RequestError: a field is out of its range or of another type (bools are not numbers, NaN is refused).
@@ -86,6 +91,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int = 3
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -193,6 +200,8 @@ class SamplingParams:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             skip_special_tokens=self.skip_special_tokens,
+            prompt_lookup_num_tokens=self.prompt_lookup_num_tokens,
+            max_matching_ngram_size=self.max_matching_ngram_size,
         )
 
     def _max_tokens(self, defaults: GenerationDefaults, prompt_len: int, max_seq_len: int) -> int:
@@ -241,6 +250,8 @@ class ResolvedSampling:
     logprobs: int | None
     prompt_logprobs: int | None
     skip_special_tokens: bool
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int = 3
 
     @property
     def penalizes(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import OutOfMemoryError, RequestError
+from llama_fast.ops.transfers import host_empty
 
 # The unit of allocation and of the kernels' key tile.
 PAGE_SIZE = 64
@@ -107,3 +108,21 @@ class PagedKVCache:
     def copy_pages(self, ops: ModuleType, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy pages in every layer (a fork's partial last page)."""
         ops.copy_pages(self.pool, source, target)
+
+    def copy_out(self, pages: Sequence[int]) -> Tensor:
+        """Copy pages to the host: [len(pages), num_layers, 2, num_kv_heads, page_size, head_dim], enqueued.
+
+        Raises:
+            MemoryError, RuntimeError: there is no memory for the copy.
+        """
+        layers, two, _, *page_shape = self.pool.shape
+        copy = host_empty((len(pages), layers, two, *page_shape), self.pool.dtype, self.pool.device)
+        # Page by page: one copy of all would take as much memory of the device first.
+        for page, place in zip(pages, copy, strict=True):
+            place.copy_(self.pool[:, :, page], non_blocking=True)
+        return copy
+
+    def copy_in(self, copy: Tensor, pages: Sequence[int]) -> None:
+        """Copy what `copy_out` gave into other pages, enqueued."""
+        for page, place in zip(pages, copy, strict=True):
+            self.pool[:, :, page].copy_(place, non_blocking=True)

@@ -17,7 +17,7 @@ from llama_fast.ops import replay, transfers
 from tests.byte_model import save_byte_model
 from tests.engine.graph_double import CapturingSteps, capturing
 from tests.engine.step_watch import StepWatch
-from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request, op_by_op
+from tests.tiny import OPS, RecordingEngine, fail_at, make_model, make_request
 
 PAGE, SPLIT = 8, 32
 VOCAB = 97
@@ -362,82 +362,6 @@ def test_steps_are_captured_again_when_weights_change(monkeypatch):
     changed = _run(engine, [make_request(model, PROMPTS[0], max_tokens=3)])
     assert made[0].captured == 2 * count
     assert _outcome(changed) == _outcome(_run(_engine(model, Engine), [make_request(model, PROMPTS[0], max_tokens=3)]))
-
-
-@pytest.mark.parametrize("op", ["embed", "attention", "norm_lm_head", "sample", "advance", "copy_pages", "log_probs"])
-def test_L02_prompts_without_memory_end_alone(tiny, expected, monkeypatch, op):
-    """Out of memory while prompts run: their requests end with the error, the others go on, memory comes back."""
-    engine = _engine(tiny, Engine, prefill_chunk=42)
-    requests = _requests(tiny)
-    stream = engine.run(requests)
-    next(stream)
-    joined = [sample.request.index for sample in engine.decoder.samples]
-    assert joined
-    fail_at(monkeypatch, op, 1, torch.OutOfMemoryError)
-    plain = engine._run_prompts
-    failing = []
-
-    def prompts_only(works, shared):
-        """Decoding steps allocate nothing: only prompts can fail."""
-        failing.extend(engine._samples[work.sequence].request.index for work in works)
-        return plain(works, shared)
-
-    monkeypatch.setattr(engine, "_run_prompts", prompts_only)
-    monkeypatch.setattr(engine.ops, "ROLES_SHARE_RUNS", False)
-    decoding = engine.decoder.graph.run
-    undisturbed = getattr(OPS, op)
-
-    def step(size, full):
-        with monkeypatch.context() as patch:
-            patch.setattr(OPS, op, REAL[op])
-            decoding(size, full)
-
-    monkeypatch.setattr(engine.decoder.graph, "run", step)
-    assert undisturbed is not REAL[op]
-    for _ in stream:
-        pass
-    assert engine.scheduler.allocator.num_free == engine.cache.num_pages
-    failed = [request for request in requests if isinstance(request.error, OutOfMemoryError)]
-    assert "lower prefill_chunk, cache_bytes or max_batch" in str(failed[0].error)
-    for index, (got, whole) in enumerate(zip(_outcome(requests), expected[0], strict=True)):
-        if requests[index].error is None:
-            assert got == whole
-        else:
-            assert index in failing and all(reason == "error" for *_, reason, _ in got[1])
-
-
-REAL = {
-    name: getattr(OPS, name)
-    for name in ("embed", "attention", "norm_lm_head", "sample", "advance", "copy_pages", "log_probs")
-}
-
-
-@pytest.mark.parametrize("op", ["log_probs", "advance", "sample"])
-def test_L02_a_shared_run_without_memory_ends(tiny, expected, monkeypatch, op):
-    """Prompts and decoding samples in one pass: what the latter drew could not be read any more, so the run ends."""
-    engine = _engine(tiny, Engine)
-    params = [{}, {"logprobs": 0}]
-    requests = [make_request(tiny, PROMPTS[2 * i], i, max_tokens=20, **params[i]) for i in range(2)]
-    engine.prefill_chunk = 5
-    stream = engine.run(requests)
-    next(stream)
-    assert len(engine.decoder.samples) == 1 and engine.scheduler.plan()
-    with monkeypatch.context() as patch:
-        fail_at(patch, op, 1, MemoryError)
-        with pytest.raises(MemoryError):
-            for _ in stream:
-                pass
-    assert _outcome(_run(engine, _requests(tiny))) == expected[0]
-
-
-def test_L02_a_decoding_step_without_memory_leaves_the_engine_usable(tiny, expected, monkeypatch):
-    engine = _engine(tiny, Engine)
-    with monkeypatch.context() as patch:
-        op_by_op(patch)
-        fail_at(patch, "attention", 5, torch.OutOfMemoryError)
-        with pytest.raises(torch.OutOfMemoryError):
-            _run(engine, [make_request(tiny, PROMPTS[0], max_tokens=9)])
-    assert _outcome(_run(engine, _requests(tiny))) == expected[0]
 
 
 @pytest.mark.parametrize("message", ["CUDA error: an illegal memory access was encountered", "Triton Error [CUDA]: x"])

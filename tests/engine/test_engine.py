@@ -607,15 +607,14 @@ def test_no_requests_no_steps(tiny):
     ("op_name", "call"),
     [("embed", 1), ("norm_qkv_rope_cache", 2), ("copy_pages", 1), ("attention", 7), ("norm_lm_head", 4), ("sample", 5)],
 )
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_K04_an_interrupted_step_leaves_the_engine_as_new(tiny, monkeypatch, op_name, call, error):
-    """In the middle of a step, with the cache half written, by Ctrl-C or by an op that fails."""
+def test_K04_an_interrupted_step_leaves_the_engine_as_new(tiny, monkeypatch, op_name, call):
+    """In the middle of a step, with the cache half written."""
     engine = _engine(tiny, prefill_chunk=20)
     expected = engine.generate(_requests(tiny))
     requests = _requests(tiny)
     with monkeypatch.context() as patch:
-        fail_at(patch, op_name, call, error)
-        with pytest.raises(error):
+        fail_at(patch, op_name, call, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
             _finish(engine, requests)
     for request in requests:
         for sample in request.samples:
