@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from llama_fast import __version__
-from llama_fast.cli import chat, generate, info, perplexity, plan, quantize
+from llama_fast.cli import batch, chat, generate, info, perplexity, plan, quantize
 from llama_fast.cli.common import INTERRUPTED, one_line
 from llama_fast.errors import LlamaFastError
 
-_COMMANDS = (generate, chat, perplexity, quantize, plan, info)  # in the order of --help
+_COMMANDS = (generate, chat, batch, perplexity, quantize, plan, info)  # in the order of --help
 
 _EXAMPLES = """examples:
   llama-fast generate "Once upon a time"
   llama-fast chat ./Llama-3.2-1B-Instruct
+  llama-fast batch requests.jsonl answers.jsonl --model ./Llama-3.2-1B
   llama-fast perplexity ./Llama-3.2-1B text.txt
   llama-fast quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 --calibrate text.txt
   llama-fast plan ./Llama-3.2-1B --max-batch 8 --max-seq-len 4096
