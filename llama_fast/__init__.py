@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from llama_fast.api.quantization import TorchAoConfig
     from llama_fast.config import LlamaConfig
     from llama_fast.engine.llm import LLM
-    from llama_fast.engine.outputs import CompletionOutput, RequestOutput
+    from llama_fast.engine.outputs import CompletionOutput, RequestOutput, TokenChunk
     from llama_fast.engine.sampling import SamplingParams
     from llama_fast.model.quantization import Int4Config
+    from llama_fast.serving.async_llm import AsyncLLM
     from llama_fast.tokenizer import BatchEncoding, LlamaTokenizer, LlamaTokenizerFast
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BatchEncoding",
     "CompletionOutput",
     "Int4Config",
@@ -31,12 +33,14 @@ __all__ = [
     "LlamaTokenizerFast",
     "RequestOutput",
     "SamplingParams",
+    "TokenChunk",
     "TorchAoConfig",
     "errors",
 ]
 
 # The imports above, for the running program.
 _HOMES = {
+    "AsyncLLM": "llama_fast.serving.async_llm",
     "BatchEncoding": "llama_fast.tokenizer",
     "CompletionOutput": "llama_fast.engine.outputs",
     "Int4Config": "llama_fast.model.quantization",
@@ -47,6 +51,7 @@ _HOMES = {
     "LlamaTokenizerFast": "llama_fast.tokenizer",
     "RequestOutput": "llama_fast.engine.outputs",
     "SamplingParams": "llama_fast.engine.sampling",
+    "TokenChunk": "llama_fast.engine.outputs",
     "TorchAoConfig": "llama_fast.api.quantization",
 }
 

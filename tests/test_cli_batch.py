@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from llama_fast import LLM, SamplingParams, cli, demo
-from llama_fast.engine.batch_files import BatchFiles
-from llama_fast.engine.batch_lines import seed_of
 from llama_fast.engine.engine import Engine
+from llama_fast.serving.batch_files import BatchFiles
+from llama_fast.serving.batch_lines import seed_of
 from tests.byte_model import save_byte_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from llama_fast.cli.common import INTERRUPTED, add_command, add_where, positive,
 from llama_fast.errors import GenerationInterrupted
 
 if TYPE_CHECKING:
-    from llama_fast.engine.batch import BatchReport
+    from llama_fast.serving.batch import BatchReport
 
 _DESCRIPTION = """Answer a file of requests, one a line, into a file with an answer a line, in the same order.
 A line is as in OpenAI's batches: {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt":
@@ -48,14 +48,14 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the answers."""
-    from llama_fast.engine.batch_files import BatchFiles
+    from llama_fast.serving.batch_files import BatchFiles
 
     # Before the model is read: what is wrong with the files should not take minutes to be told.
     with BatchFiles(args.input, args.output, resume=args.resume) as files:
-        from llama_fast.engine.batch import fingerprint, run_batch
         from llama_fast.engine.engine import DEFAULT_MAX_BATCH
         from llama_fast.engine.llm import LLM
         from llama_fast.hub import find_folder
+        from llama_fast.serving.batch import fingerprint, run_batch
 
         if args.model is None:
             from llama_fast.demo import PATH

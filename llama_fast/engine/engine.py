@@ -274,7 +274,12 @@ class Engine:
 
     def abort_soon(self, request: Request) -> None:
         """The same for any thread and at any time: it happens before the next step, which returns its samples."""
-        self._running.to_abort.append(request)
+        if not request.finished:
+            self._running.to_abort.append(request)
+
+    def declare_dead(self, reason: str) -> None:
+        """Let every later call fail with EngineDeadError: a step does not return, say. For any thread."""
+        self._dead = self._dead or EngineDeadError(reason)
 
     def close(self) -> None:
         """Give the cache and the captured graphs back; the engine cannot run any more.

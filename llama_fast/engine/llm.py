@@ -227,10 +227,14 @@ class LLM:
         return self.engine.stats()
 
     def close(self) -> None:
-        """Give the cache, the captured graphs and the model back. Nothing can be generated any more; twice is once."""
+        """Give the cache, the captured graphs and the model back. Nothing can be generated any more; twice is once.
+
+        Raises:
+            RequestError: it is generating.
+        """
         if not self._closed:
-            self._closed = True
             self.engine.close()
+            self._closed = True
             del self.model
 
     def __enter__(self) -> Self:
@@ -338,12 +342,13 @@ class LLM:
 
 
 def chunk_of(sample: Sample) -> TokenChunk:
-    """What the last step added to a sample."""
+    """What came to a sample since its last chunk."""
+    text, token_ids = sample.news()
     return TokenChunk(
         request_index=sample.request.index,
         index=sample.index,
-        text=sample.new_text,
-        token_ids=list(sample.new_token_ids),
+        text=text,
+        token_ids=token_ids,
         finish_reason=sample.finish_reason,
         error=sample.request.error,
     )

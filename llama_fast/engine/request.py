@@ -141,7 +141,6 @@ class Sample:
 
     Attributes:
         sequence: its tokens in the cache; until the prompt has run, that of sample 0.
-        new_text, new_token_ids: text that became final in the last step, and its tokens.
     """
 
     def __init__(self, request: Request, index: int, sequence: Sequence) -> None:
@@ -152,8 +151,7 @@ class Sample:
         self.logprobs: list[PositionLogprobs] | None = [] if request.sampling.logprobs is not None else None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
-        self.new_text = ""
-        self.new_token_ids: list[int] = []
+        self._told_chars = self._told_ids = 0
 
     @cached_property
     def _text(self) -> StoppableText | None:
@@ -186,12 +184,11 @@ class Sample:
         sampling = self.request.sampling
         self.token_ids.append(token_id)
         self.sequence.token_ids.append(token_id)
-        self.new_text, self.new_token_ids = "", [token_id]
         if token_id in sampling.stop_token_ids and self.may_stop:
             self._end("stop", token_id)
             return
         if self._text is not None:
-            self.new_text = self._text.push(token_id, self.may_stop)
+            self._text.push(token_id, self.may_stop)
             if self._text.stop_string is not None:
                 self._end("stop", self._text.stop_string)
                 return
@@ -200,22 +197,35 @@ class Sample:
 
     def finish(self, reason: FinishReason) -> None:
         """End the sample without a further token."""
-        self.new_text, self.new_token_ids = "", []
         self._end(reason)
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         # The text that was held back becomes final.
         if self.token_ids and self._text is not None and self._text.stop_string is None:
-            self.new_text += self._text.finish(self.may_stop)
+            self._text.finish(self.may_stop)
             if self._text.stop_string is not None and reason in ("stop", "length"):
                 reason, stop_reason = "stop", self._text.stop_string
         self.finish_reason, self.stop_reason = reason, stop_reason
+
+    @property
+    def text(self) -> str:
+        """What is final of its text."""
+        # Not made yet, or not to be made: then the request has failed.
+        text = self.__dict__.get("_text")
+        return text.text if text is not None else ""
+
+    def news(self) -> tuple[str, list[int]]:
+        """Text that became final and tokens that came since the last call."""
+        text, token_ids = self.text[self._told_chars :], self.token_ids[self._told_ids :]
+        self._told_chars += len(text)
+        self._told_ids += len(token_ids)
+        return text, token_ids
 
     def output(self) -> CompletionOutput:
         """What is known by now."""
         return CompletionOutput(
             index=self.index,
-            text=self._text.text if self.token_ids and self._text is not None else "",
+            text=self.text,
             token_ids=list(self.token_ids),
             # An interrupt may have come between a token and its log probability.
             logprobs=None if self.logprobs is None else self.logprobs[: len(self.token_ids)],

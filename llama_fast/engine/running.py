@@ -317,7 +317,6 @@ class Running:
             request.metrics.guessed += drawn.guessed
             request.metrics.guessed_right += drawn.right
             sample.lookup.verified(drawn.guessed, drawn.right)
-        text, token_ids = "", []
         for token_id, log_probs in zip(drawn.token_ids, drawn.log_probs, strict=True):
             if token_id < 0:
                 request.error = NonFiniteLogitsError(
@@ -338,11 +337,8 @@ class Running:
                 if sample.finish_reason is not None:
                     # The device knows no texts, and nothing of guesses: it goes on behind their ends.
                     self._release(sample, at_rest=not drawn.guessed and not isinstance(sample.stop_reason, str))
-            text += sample.new_text
-            token_ids += sample.new_token_ids
             if sample.finish_reason is not None:
                 break
-        sample.new_text, sample.new_token_ids = text, token_ids
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 

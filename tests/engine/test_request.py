@@ -156,7 +156,7 @@ def _feed(sample, ids):
     texts = []
     for token_id in ids:
         sample.append(token_id)
-        texts.append(sample.new_text)
+        texts.append(sample.news()[0])
         if sample.finish_reason is not None:
             break
     return texts

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from llama_fast.engine.batch_files import BatchFiles, InputLine
-from llama_fast.engine.batch_lines import CustomIds, DuplicateIdError, InvalidJsonError, custom_id_of, parse
-from llama_fast.engine.batch_records import head
 from llama_fast.errors import RequestError, brief
 from llama_fast.files import parse_json_object
+from llama_fast.serving.batch_files import BatchFiles, InputLine
+from llama_fast.serving.batch_lines import CustomIds, DuplicateIdError, InvalidJsonError, custom_id_of, parse
+from llama_fast.serving.batch_records import head
 
 # Of a fingerprint, in order.
 PARTS = ("model", "dtype, backend, quantization, device or version", "--seed or --max-seq-len")

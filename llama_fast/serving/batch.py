@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 
 from llama_fast import __version__
-from llama_fast.engine.batch_files import BatchFiles, InputLine
-from llama_fast.engine.batch_lines import CustomIds, Job, custom_id_of, job_of, parse
-from llama_fast.engine.batch_records import Record, TokenTexts
-from llama_fast.engine.batch_resume import check_written
 from llama_fast.engine.llm import LLM
 from llama_fast.engine.request import Request
 from llama_fast.errors import EngineDeadError, GenerationInterrupted, LlamaFastError
 from llama_fast.model.progress import ProgressBar
 from llama_fast.ops import describe_backend
+from llama_fast.serving.batch_files import BatchFiles, InputLine
+from llama_fast.serving.batch_lines import CustomIds, Job, custom_id_of, job_of, parse
+from llama_fast.serving.batch_records import Record, TokenTexts
+from llama_fast.serving.batch_resume import check_written
 
 REQUESTS_ALIVE = 2  # times max_batch: running, and waiting for a row
 LINES_AHEAD = 64  # times max_batch: from the oldest line that has no answer yet

@@ -1,4 +1,4 @@
-"""`python -m tests.engine.batch_kills MODEL INPUT FOLDER`: `llama-fast batch`, killed and resumed; prints what it saw.
+"""`python -m tests.serving.batch_kills MODEL INPUT FOLDER`: `llama-fast batch`, killed and resumed; prints what it saw.
 
 Each run is forked from this process, which has torch loaded and no threads: 20 of them take seconds.
 """
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from llama_fast import LLM, cli
-from llama_fast.engine import batch  # noqa: F401, before the forks
+from llama_fast.serving import batch  # noqa: F401, before the forks
 
 KILLS = 20
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from llama_fast.engine.batch_files import InputLine
-from llama_fast.engine.batch_lines import Job
 from llama_fast.engine.outputs import CompletionOutput, PositionLogprobs
 from llama_fast.engine.request import Request
 from llama_fast.errors import (
@@ -30,6 +28,8 @@ from llama_fast.errors import (
     UnsupportedError,
     without_places,
 )
+from llama_fast.serving.batch_files import InputLine
+from llama_fast.serving.batch_lines import Job
 from llama_fast.tokenizer import LlamaTokenizer
 
 # Without a `code` of their own.

@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama_fast.engine.batch_files import MAX_LINE_BYTES, InputLine
 from llama_fast.engine.inputs import Prompt
 from llama_fast.engine.sampling import SamplingParams
 from llama_fast.errors import RequestError, UnsupportedError, brief, listed
 from llama_fast.files import parse_json_object
+from llama_fast.serving.batch_files import MAX_LINE_BYTES, InputLine
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from llama_fast import LLM, SamplingParams
-from llama_fast.engine import batch, batch_files, batch_lines
-from llama_fast.engine.batch import BatchReport, fingerprint, run_batch
-from llama_fast.engine.batch_files import BatchFiles
-from llama_fast.engine.batch_lines import seed_of
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request, Sample
 from llama_fast.errors import EngineDeadError, GenerationInterrupted, RequestError
+from llama_fast.serving import batch, batch_files, batch_lines
+from llama_fast.serving.batch import BatchReport, fingerprint, run_batch
+from llama_fast.serving.batch_files import BatchFiles
+from llama_fast.serving.batch_lines import seed_of
 from llama_fast.tokenizer import LlamaTokenizer
 from tests.byte_model import save_byte_model
 
@@ -434,7 +434,7 @@ def test_killed_at_twenty_random_moments_the_bytes_are_the_same(folder, tmp_path
     source = tmp_path / "in.jsonl"
     source.write_bytes(b"".join(map(encoded, mixed(250, longest=30))))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.batch_kills", folder, source, tmp_path],
+        [sys.executable, "-m", "tests.serving.batch_kills", folder, source, tmp_path],
         cwd=ROOT,
         capture_output=True,
         text=True,
