@@ -5,7 +5,8 @@ Bound    decode: (weight bytes + KV bytes a step reads) / measured read bandwidt
          prefill: FLOPs of the layers, of attention under its causal mask and of the prompts' last logits / the rate
          of a large F.linear in the same dtype.
 Timed    prefill: a batch of prompts until each has its first token. decode: every step in which the whole batch gets a
-         further token, sampling included. Weights and prompts may be random: neither changes the work.
+         further token, sampling included. Without prefix caching. Weights and prompts may be random: neither changes
+         the work.
 Checked  before anything is timed: greedy tokens and their log probabilities are bitwise those of each prompt alone,
          and in fp32 transformers (if it is installed) chooses the same tokens but for near-ties.
 """
@@ -58,9 +59,9 @@ class Run:
 
 
 def run_batch(model: LlamaLM, prompts: Sequence[list[int]], output_len: int, backend: str, scored: bool = False) -> Run:
-    """Greedy decoding of `output_len` tokens for each prompt, through the engine."""
+    """Greedy decoding of `output_len` tokens for each prompt, through an engine without prefix caching."""
     longest = max(map(len, prompts)) + output_len
-    engine = Engine(model, backend=backend, max_batch=len(prompts), max_seq_len=longest)
+    engine = Engine(model, backend=backend, max_batch=len(prompts), max_seq_len=longest, prefix_caching=False)
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, logprobs=0 if scored else None)
     requests = []
     for index, prompt in enumerate(prompts):

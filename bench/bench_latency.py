@@ -12,7 +12,8 @@ Energy   of the GPU from start to end of a run, prefill included, a generated to
 Beside   transformers, vLLM and llama.cpp where they are installed, with the same weights and in turns with ours; their
          tokens must be as good as ours but for roundings. Their requests are those of ours.
 
-Weights and prompts may be random: neither changes the work.
+Nothing is answered from the cache: our engines run without prefix caching, as vLLM's does. Weights and prompts may be
+random: neither changes the work.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from serving_arguments import at_least_one, fitting, make_parser, model_config, 
 from serving_bounds import Work, decode_work, prefill_work
 from serving_common import Setting, check, measure, prefill_steps
 from serving_peers import Answer
-from serving_report import energy, ms, percentiles, plot_latency, print_table
+from serving_report import all_gaps, energy, ms, percentiles, plot_latency, print_table
 from serving_session import Session, result_json, run_bench, terms
 from tqdm import tqdm
 
@@ -46,11 +47,6 @@ def full_gaps(times: Sequence[Sequence[float]]) -> list[float]:
     """Seconds between tokens of each request, where all requests have their first token and none its last."""
     begin, end = max(own[0] for own in times), min(own[-1] for own in times)
     return [b - a for own in times for a, b in pairwise(own) if begin <= a and b <= end]
-
-
-def all_gaps(times: Sequence[Sequence[float]]) -> list[float]:
-    """Seconds between tokens of each request, whatever the others do."""
-    return [b - a for own in times for a, b in pairwise(own)]
 
 
 def bounds(session: Session, setting: Setting) -> tuple[float, float]:

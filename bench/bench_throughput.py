@@ -10,8 +10,11 @@ Energy   of the GPU from start to end of a run, a generated token; of our own ru
 Beside   transformers, vLLM and llama.cpp where they are installed, with the same weights and in turns with ours; their
          tokens must be as good as ours but for roundings. A program without continuous batching serves batch after
          batch, which costs it nothing here: all requests have one length.
+Mixed    with --mixed: requests of many lengths instead, one by one and all at once, beside an ideal schedule and
+         programs with continuous batching (serving_mixed.py).
 
-Weights and prompts may be random: neither changes the work.
+Nothing is answered from the cache: our engines run without prefix caching, as vLLM's does. Weights and prompts may be
+random: neither changes the work.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import serving_mixed
 from serving_arguments import at_least_one, fitting, make_parser, model_config, settle
 from serving_bounds import Work, decode_work, prefill_work
 from serving_common import Setting, check, measure
 from serving_peers import Answer
 from serving_report import energy, plot_roofline, print_table
+from serving_requests import MIXES, Mix
 from serving_session import Session, result_json, run_bench, terms
 from timing import Summary
 from tqdm import tqdm
@@ -39,6 +44,7 @@ _EXAMPLES = """examples:
   python bench/bench_throughput.py --shape llama-3.1-8b --batch-sizes 16 64 --lengths 128/128 1024/128
   python bench/bench_throughput.py --model ~/Llama-3.2-1B --peers none --plot roofline.png
   python bench/bench_throughput.py --device cpu --threads 2 --shape llama-1b-32k --lengths 32/32 --requests 8
+  python bench/bench_throughput.py --mixed 32-512/16-128 --requests 64 --shape llama-1b-32k --batch-sizes 16
   python bench/bench_throughput.py --smoke                                  in seconds: does the bench work"""
 
 
@@ -137,13 +143,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = " ".join(f"{prompt_len}/{output_len}" for prompt_len, output_len in _LENGTHS)
     add = parser.add_argument
     add("--lengths", type=lengths, nargs="+", metavar="P/O", help=f"tokens (default: those of {default} that fit)")
-    add("--requests", type=int, metavar="N", help="in all (default: twice the sequences at once)")
+    mixes = " ".join(map(str, MIXES))
+    help_mixed = f"requests of lengths from and to, by the seed (default: the first of {mixes} that fits)"
+    add("--mixed", type=Mix.parse, nargs="?", const=(), metavar="P-P/O-O", help=help_mixed)
+    default = f"twice the sequences at once, {serving_mixed.NUM_REQUESTS} with --mixed"
+    add("--requests", type=int, metavar="N", help=f"in all (default: {default})")
+    slots = [4, 8, 16]
+    add("--slots", type=int, nargs="+", default=slots, metavar="N", help="of llama.cpp, with --mixed (default: 4 8 16)")
+    add("--all-slots", action="store_true", help="time every number of slots, not only the best of a trial")
     args = parser.parse_args(argv)
+    is_mixed = args.mixed is not None
     if args.smoke:
-        args.lengths, args.requests = [(24, 8), (8, 16)], 4
-    at_least_one(parser, args, "requests")
+        args.lengths, args.requests, args.slots = [(24, 8), (8, 16)], 4, [2, 3]
+        args.mixed = Mix((40, 100), (4, 40)) if is_mixed else None
+    elif is_mixed and args.lengths:
+        parser.error("--lengths and --mixed: give one of them")
+    at_least_one(parser, args, "requests", "slots")
     settle(parser, args)
     limit = model_config(args).max_position_embeddings
+    if is_mixed:
+        given = [args.mixed] if args.mixed else None
+        args.mixed = fitting(parser, "--mixed", given, MIXES, lambda of: (of.longest, limit))[0]
+        args.requests = args.requests or serving_mixed.NUM_REQUESTS
+        args.left_out = [name for name in args.peers if name in serving_mixed.LEFT_OUT]
+        args.peers = [name for name in args.peers if name not in serving_mixed.LEFT_OUT]
+        return run_bench(args, serving_mixed.run)
     args.lengths = fitting(parser, "--lengths", args.lengths, _LENGTHS, lambda of: (sum(of), limit))
     return run_bench(args, run)
 

@@ -1,4 +1,7 @@
-"""llama_fast as compare_cpu.py runs it: through its engine, and once more to see what the engine itself takes."""
+"""llama_fast as compare_cpu.py runs it: through its engine, and once more to see what the engine itself takes.
+
+The engine is bench_generate.run_batch's, without prefix caching: repeats would be answered from the cache.
+"""
 
 import argparse
 import cProfile

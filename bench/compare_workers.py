@@ -132,16 +132,23 @@ class LlamaCpp(Program):
         seq_len = -(-seq_len // 256) * 256  # as llama.cpp rounds it up
         lib, key = self.lib, (num_sequences, seq_len)
         if key not in self.contexts:
-            params = lib.llama_context_default_params()
-            params.n_ctx, params.n_seq_max = num_sequences * seq_len, num_sequences
-            params.n_batch = max(params.n_batch, params.n_ctx)  # all prompts are handed over at once
-            params.n_threads = params.n_threads_batch = self.args.threads
-            context = lib.llama_init_from_model(self.model, params)
-            if not context:
-                raise RuntimeError(f"llama.cpp makes no context for {num_sequences} sequences of {seq_len} tokens")
-            self.contexts[key] = context
+            # All prompts are handed over at once.
+            n_batch = max(lib.llama_context_default_params().n_batch, num_sequences * seq_len)
+            self.contexts[key] = self.new_context(num_sequences, seq_len, n_batch=n_batch)
         lib.llama_memory_clear(lib.llama_get_memory(self.contexts[key]), False)
         return self.contexts[key]
+
+    def new_context(self, num_sequences: int, seq_len: int, **changes: Any) -> Any:
+        """A context with llama.cpp's own parameters but for sizes, threads and `changes`."""
+        lib, params = self.lib, self.lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = num_sequences * seq_len, num_sequences
+        params.n_threads = params.n_threads_batch = self.args.threads
+        for name, value in changes.items():
+            setattr(params, name, value)
+        context = lib.llama_init_from_model(self.model, params)
+        if not context:
+            raise RuntimeError(f"llama.cpp makes no context for {num_sequences} sequences of {seq_len} tokens")
+        return context
 
     def generate(self, prompts: Prompts, output_len: int, scored: bool = False) -> dict[str, Any]:
         np, lib = self.np, self.lib

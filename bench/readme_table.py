@@ -14,16 +14,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 from gpu_report_targets import amount, steps_of
+from readme_serving import mixed_rows, serving_rows
 from sources import source_hash
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHECKED = _ROOT / "llama_fast" / "ops" / "cuda_checked.json"
-# Of rows of bench_latency.py and bench_throughput.py: what bounds are made of, and what stands there in another form.
-_NOT_SHOWN = ("num_bytes", "flops", "flops_per_byte", "flops_per_s", "itl_all_s")
 _BEGIN, _END = "<!-- bench/readme_table.py writes this -->", "<!-- until here -->"
 
 
@@ -204,45 +202,6 @@ def step_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return [header, *rows]
 
 
-def _median(values: dict[str, float]) -> float:
-    """Of a summary (median) or of percentiles (p50)."""
-    return values["median"] if "median" in values else values["p50"]
-
-
-def serving_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of bench_latency.py or bench_throughput.py, whose columns are their own: settings, then times and rates."""
-    every = [row for r in results for row in r["rows"]]
-    names = [name for name in {name: None for row in every for name in row} if name not in ("program", *_NOT_SHOWN)]
-
-    def of(kind: type | UnionType, *ends: str) -> list[str]:
-        found = {
-            name: [row[name] for row in every if row.get(name) is not None] for name in names if name.endswith(ends)
-        }
-        return [name for name, values in found.items() if values and all(isinstance(v, kind) for v in values)]
-
-    shares = of(float, "share_of_bound")
-    settings, bounds, shown = of(int | str, ""), of(float, "bound_s", "joules_per_token"), of(dict, "")
-    columns = ["model", "program", *settings, *bounds, *shown, *shares, "where"]
-    rows = []
-    for r in results:
-        for row in r["rows"]:
-            cells = [f"{r['model']}, {r['dtype']}", str(row.get("program", ""))]
-            cells += [
-                f"{row[name]:,}" if isinstance(row.get(name), int) else str(row.get(name, "")) for name in settings
-            ]
-            cells += [_number(row[name], name) if row.get(name) is not None else "" for name in bounds]
-            cells += [_number(_median(row[name]), name) if row.get(name) else "" for name in shown]
-            cells += [f"{row[name]:.1%}" if row.get(name) is not None else "" for name in shares]
-            rows.append([*cells, r["where"]])
-    return [[name.replace("_", " ") for name in columns], *rows]
-
-
-def _number(value: float, name: str) -> str:
-    if name.endswith("per_s"):
-        return f"{value:,.1f}"
-    return f"{1e3 * value:,.2f} ms" if name.endswith("_s") or name == "seconds" else f"{value:,.3g}"
-
-
 def compare_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """Tokens per second on a CPU beside the peers', from the same run; a peer that was not there has an empty cell."""
     peers = ("llama.cpp", "transformers")
@@ -289,6 +248,7 @@ def tables(folder: Path) -> str:
         ("bench_generate", "", generate_rows(results.get("generate", []))),
         ("bench_latency", "", serving_rows(results.get("latency", []))),
         ("bench_throughput", "", serving_rows(results.get("throughput", []))),
+        ("bench_throughput.py --mixed", "", mixed_rows(results.get("throughput_mixed", []))),
         ("compare_cpu", "", compare_rows(results.get("compare_cpu", []))),
         ("bench_quantization", "", quantization_rows(results.get("quantization", []))),
         ("gpu_report", "", target_rows(reports)),
@@ -299,7 +259,8 @@ def tables(folder: Path) -> str:
     )
     for script, folded, (header, *body) in benches:
         if not body:
-            parts += [f"`{script}.py`: not measured yet."] if script else []
+            name = script if ".py" in script else f"{script}.py"
+            parts += [f"`{name}`: not measured yet."] if script else []
             continue
         lines = [header, ["---"] * len(header), *body]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)

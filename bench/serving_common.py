@@ -22,9 +22,9 @@ from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
 from llama_fast.errors import OutOfMemoryError
 
-_CHECKED_TOKENS = 16
+CHECKED_TOKENS = 16
 # A longer prompt would make the check on a CPU take longer than what it is for.
-_CHECKED_PROMPT = {"cpu": 128, "cuda": 2048}
+CHECKED_PROMPT = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,37 @@ class Setting:
         return f"batch {self.batch_size}, {self.prompt_len} + {self.output_len} tokens"
 
 
-def serve(engine: Engine, prompts: Sequence[list[int]], output_len: int, scored: bool = False) -> Answer:
-    """Greedy decoding of `output_len` tokens for each prompt, as fast as the engine takes them; token by token timed.
+def greedy_request(
+    engine: Engine, prompt: list[int], output_len: int, index: int = 0, logprobs: int | None = None
+) -> Request:
+    """One that ends at its length alone."""
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, logprobs=logprobs)
+    size = {"max_seq_len": engine.max_seq_len, "vocab_size": engine.model.config.vocab_size}
+    sampling = params.resolve(GenerationDefaults(), None, prompt_len=len(prompt), **size)
+    return Request(None, prompt, sampling, None, index)
+
+
+def serve(
+    engine: Engine, prompts: Sequence[list[int]], output_len: int | Sequence[int], scored: bool = False
+) -> Answer:
+    """Greedy decoding of so many tokens for each prompt, as fast as the engine takes them; token by token timed.
+
+    Args:
+        output_len: of all requests, or of each.
 
     Raises:
         LlamaFastError: a request failed.
     """
-    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, logprobs=0 if scored else None)
-    size = {"max_seq_len": engine.max_seq_len, "vocab_size": engine.model.config.vocab_size}
-    defaults = GenerationDefaults()
+    lengths = [output_len] * len(prompts) if isinstance(output_len, int) else output_len
     requests = [
-        Request(None, prompt, params.resolve(defaults, None, prompt_len=len(prompt), **size), None, index)
-        for index, prompt in enumerate(prompts)
+        greedy_request(engine, prompt, length, index, 0 if scored else None)
+        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
     times: list[list[float]] = [[] for _ in prompts]
+    num_steps = 0
     start = time.perf_counter()
     for samples in engine.run(requests):
+        num_steps += 1
         now = time.perf_counter() - start
         for sample in samples:
             own = times[sample.request.index]
@@ -65,14 +80,15 @@ def serve(engine: Engine, prompts: Sequence[list[int]], output_len: int, scored:
         if request.error is not None:
             raise request.error
     samples = [request.samples[0] for request in requests]
-    return Answer([s.token_ids for s in samples], times, seconds, [s.logprobs for s in samples])
+    return Answer([s.token_ids for s in samples], times, seconds, [s.logprobs for s in samples], num_steps=num_steps)
 
 
-def differs_from_alone(generate: Callable[[Sequence[list[int]]], Any], prompts: Sequence[list[int]]) -> str | None:
+def differs_from_alone(generate: Callable[[Sequence[Any]], Any], prompts: Sequence[Any]) -> str | None:
     """What differs between the batch and its first, middle and last prompt alone; None if nothing does.
 
     Args:
         generate: prompts -> an object with `token_ids` and `logprobs` of each.
+        prompts: or whatever else `generate` takes.
     """
     together = generate(prompts)
     for index in sorted({0, len(prompts) // 2, len(prompts) - 1}):
@@ -88,20 +104,33 @@ def check(session: Session, batch_size: int, prompt_len: int) -> None:
     Raises:
         Refused: one failed.
     """
-    batch_size, device = max(2, batch_size), session.model.device.type
-    prompt_len = min(prompt_len, _CHECKED_PROMPT[device])
+    batch_size, prompt_len = max(2, batch_size), min(prompt_len, CHECKED_PROMPT[session.model.device.type])
     prompts = session.prompts(batch_size, prompt_len)
     uneven = [prompt[(7 * index) % prompt_len :] for index, prompt in enumerate(prompts)]
-    engine = session.engine(batch_size, prompt_len + _CHECKED_TOKENS)
-    failed = differs_from_alone(lambda some: serve(engine, some, _CHECKED_TOKENS, scored=True), uneven)
+    check_requests(session, batch_size, [(prompt, CHECKED_TOKENS) for prompt in uneven])
+
+
+def check_requests(session: Session, batch_size: int, requests: Sequence[tuple[list[int], int]]) -> None:
+    """The same for prompts and numbers of tokens, at most `batch_size` requests at once.
+
+    Raises:
+        Refused: a check failed.
+    """
+
+    def serve_on(one: Engine, some: Sequence[tuple[list[int], int]], scored: bool = False) -> Answer:
+        return serve(one, [prompt for prompt, _ in some], [length for _, length in some], scored)
+
+    seq_len, device = max(len(prompt) + length for prompt, length in requests), session.model.device.type
+    engine = session.engine(batch_size, seq_len)
+    failed = differs_from_alone(lambda some: serve_on(engine, some, scored=True), requests)
     session.checks["batch_equals_alone"] = failed or "passed"
     if failed is None and device != "cuda":
         session.checks["graphs_equal_eager"] = "not run: no GPU"
     elif failed is None and not session.args.graphs:
         session.checks["graphs_equal_eager"] = "not run: --no-graphs"
     elif failed is None:
-        eager = session.engine(batch_size, prompt_len + _CHECKED_TOKENS, graphs=False)
-        token_ids = [serve(one, uneven, _CHECKED_TOKENS).token_ids for one in (engine, eager)]
+        eager = session.engine(batch_size, seq_len, graphs=False)
+        token_ids = [serve_on(one, requests).token_ids for one in (engine, eager)]
         failed = None if token_ids[0] == token_ids[1] else "captured graphs and eager steps give different tokens"
         session.checks["graphs_equal_eager"] = failed or "passed"
     if failed is not None:

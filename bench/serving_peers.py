@@ -38,6 +38,7 @@ class Answer:
         seconds: until the last of them ended.
         logprobs: if they were asked for.
         joules: where something counts them.
+        num_steps: of our engine.
     """
 
     token_ids: list[list[int]]
@@ -45,6 +46,7 @@ class Answer:
     seconds: float
     logprobs: list[Any] = field(default_factory=list)
     joules: float | None = None
+    num_steps: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -140,17 +142,34 @@ class Peers:
             raise Failed(f"{answer.num_tokens} tokens came instead of {len(prompts) * setting.output_len}")
         return answer
 
+    def serve_mixed(
+        self, name: str, prompts: Sequence[list[int]], output_lens: Sequence[int], max_batch: int, **options: Any
+    ) -> Answer:
+        """The same for requests of several lengths; options are the peer's own."""
+        sizes = {"output_lens": output_lens, "max_batch": max_batch}
+        answer = Answer(**self.running[name].ask("serve_mixed", prompts=prompts, **sizes, **options))
+        if list(map(len, answer.token_ids)) != list(output_lens):
+            raise Failed(f"{answer.num_tokens} tokens came instead of {sum(output_lens)}, or from other requests")
+        return answer
+
     def warm_up(self, prompts: Sequence[list[int]], setting: Any, model: Any) -> None:
         """One round of each that is not timed; what it says is judged by our model."""
         for name in list(self.running):
             with self.guarded(name):
-                token_ids = self.serve(name, prompts, setting).token_ids[-1][:_CHECKED_TOKENS]
-                behind, allowed = how_far_behind(model, prompts[-1], token_ids), allowed_behind(model)
-                found = f"{behind:.4f} of the logits' spread behind our best token, allowed {allowed:.4f}"
-                if not behind <= allowed:
-                    self.checks[name] = f"refused: {found}"
-                    raise Failed(f"computes another model: {found}")
-                self.checks[name] = f"passed: at most {allowed:.4f} of the logits' spread behind our best token"
+                self.judge(name, prompts[-1], self.serve(name, prompts, setting).token_ids[-1], model)
+
+    def judge(self, name: str, prompt: list[int], token_ids: Sequence[int], model: Any) -> None:
+        """Let our model say whether a peer's first tokens are as good as its own but for roundings.
+
+        Raises:
+            Failed: they are not.
+        """
+        behind, allowed = how_far_behind(model, prompt, list(token_ids[:_CHECKED_TOKENS])), allowed_behind(model)
+        found = f"{behind:.4f} of the logits' spread behind our best token, allowed {allowed:.4f}"
+        if not behind <= allowed:
+            self.checks[name] = f"refused: {found}"
+            raise Failed(f"computes another model: {found}")
+        self.checks[name] = f"passed: at most {allowed:.4f} of the logits' spread behind our best token"
 
 
 @torch.no_grad()

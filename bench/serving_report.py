@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _INSTALL = "pip install 'llama-fast[bench]'"
-_PERCENTILES = {"p50": 0.5, "p99": 0.99}
+_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    """p50, p99, mean and number of at least one sample; between two samples the quantiles are interpolated."""
+    """p50, p90, p99, mean and number of at least one sample; between two samples the quantiles are interpolated."""
     values = torch.tensor(samples, dtype=torch.float64)
     quantiles = values.quantile(torch.tensor(list(_PERCENTILES.values()), dtype=torch.float64)).tolist()
     return {**dict(zip(_PERCENTILES, quantiles, strict=True)), "mean": values.mean().item(), "count": len(samples)}
+
+
+def all_gaps(times: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds between tokens of each request, whatever the others do."""
+    return [b - a for own in times for a, b in pairwise(own)]
 
 
 def ms(seconds: float) -> str:
@@ -50,6 +56,35 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*row)
     Console(width=max(len(title), sum(widths) + 3 * len(widths) + 2), highlight=False).print(table)
+
+
+def print_mixed(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows of bench_throughput.py --mixed."""
+
+    def share(row: Mapping[str, Any], name: str) -> str:
+        return f"{row[name]:.1%}" if name in row else "-"
+
+    def points(values: Mapping[str, float]) -> str:
+        return " / ".join(f"{values[name]:,.3f}" for name in ("p50", "p90", "p99"))
+
+    lines = []
+    for r in rows:
+        rate = r["output_tokens_per_s"]
+        name = f"{r['batch_size']} at once" + (", one cache" if r.get("unified") else "")
+        ratio = f"{r['times_one_by_one'].median:.2f}x" if "times_one_by_one" in r else "-"
+        cells = [
+            f"{r['output_tokens'] / r['bound_s']:,.1f}",
+            f"{rate.median:,.1f}",
+            f"{rate.p10:,.1f} - {rate.p90:,.1f}",
+        ]
+        cells += [ratio, share(r, "share_of_ideal"), share(r, "host_share"), share(r, "scheduler_share")]
+        cells += [f"{r['ours_to_it'].median:.2f}x" if "ours_to_it" in r else "-"]
+        lines.append(
+            [name, r["program"], *cells, points(r["ttft_s"]), points(r["itl_s"]), energy(r["joules_per_token"])]
+        )
+    columns = ["setting", "program", "bound", "result", "p10 - p90", "to one by one", "of ideal", "host", "scheduler"]
+    columns += ["ours to it", "first token p50/90/99 (s)", "between tokens (s)", "energy"]
+    print_table("mixed lengths: generated tokens per second", columns, lines)
 
 
 def plot_problem() -> str | None:
@@ -118,4 +153,31 @@ def plot_roofline(path: Path, title: str, rates: Any, rows: Sequence[Mapping[str
     axis.grid(alpha=0.3)
     beside.axis("off")
     beside.legend(*axis.get_legend_handles_labels(), loc="upper left", fontsize="small", ncols=-(-len(rows) // 24))
+    figure.savefig(path, dpi=120)
+
+
+def plot_mixed(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tokens per second, and percentiles of the time to first token, against sequences at once: a colour a program."""
+    figure, (rates, firsts) = _figure(2)
+    programs = list(dict.fromkeys(row["program"] for row in rows))
+    for program in programs:
+        own = sorted((row for row in rows if row["program"] == program), key=lambda row: row["batch_size"])
+        places, style = [row["batch_size"] for row in own], {"color": f"C{programs.index(program)}", "lw": 1}
+        marker = "osv^D"[programs.index(program) % 5]
+        rate = [row["output_tokens_per_s"].median for row in own]
+        rates.plot(places, rate, marker=marker, label=program, **style)
+        for name, line in (("p50", "-"), ("p90", "--"), ("p99", ":")):
+            firsts.plot(places, [row["ttft_s"][name] for row in own], marker=marker, ls=line, **style)
+        ideal = [(row["batch_size"], row["ideal_tokens_per_s"]) for row in own if row.get("ideal_tokens_per_s")]
+        if ideal:
+            rates.plot(*zip(*ideal, strict=True), color="black", ls=":", lw=1, label="ideal schedule of measured steps")
+            rates.axhline(rate[0], color="gray", ls="--", lw=1, label="one by one")
+    ticks = sorted({row["batch_size"] for row in rows})
+    for axis, label in ((rates, "generated tokens per second"), (firsts, "time to first token (s)")):
+        axis.set(xscale="log", xlabel="sequences at once", ylabel=label, ylim=(0, None))
+        axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    rates.legend(fontsize="small")
+    figure.suptitle(f"{title}\ntime to first token: solid p50, dashed p90, dotted p99", fontsize="medium")
     figure.savefig(path, dpi=120)

@@ -69,6 +69,8 @@ class Session:
     def engine(self, batch_size: int, seq_len: int, graphs: bool | None = None) -> Engine:
         """Ready to run, with a cache that holds the whole batch.
 
+        Without prefix caching: repeats would be answered from the cache.
+
         Raises:
             OutOfMemoryError: there is no room for that.
         """
@@ -80,7 +82,7 @@ class Session:
         if cache_bytes > 0.9 * free:
             raise OutOfMemoryError(f"its cache takes {cache_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
         sizes = {"max_batch": batch_size, "max_seq_len": seq_len, "cache_bytes": cache_bytes}
-        engine = Engine(model, backend=self.args.backend, graphs=graphs, **sizes)
+        engine = Engine(model, backend=self.args.backend, graphs=graphs, prefix_caching=False, **sizes)
         engine.make_ready()
         if engine.max_batch < batch_size:
             raise OutOfMemoryError(f"steps of {engine.max_batch} sequences were captured, for more there is no memory")

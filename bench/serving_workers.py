@@ -4,6 +4,8 @@
 {"do": "load", "path": "folder"}    of the checkpoint, or llama.cpp's file
 {"do": "serve", "prompts": [[1, 2]], "output_len": 3, "max_batch": 8}
     greedy: each request's tokens, when each token was handed out, and seconds until all had ended
+{"do": "serve_mixed", "prompts": [[1, 2]], "output_lens": [3], "max_batch": 8}
+    the same for requests of several lengths, of a program with continuous batching; llama.cpp also takes `unified`
 """
 
 import argparse
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import compare_workers
-from compare_workers import Program, answer_requests
+from compare_workers import Program, answer_requests, fill
+from serving_slots import Slots
 
 Prompts = Sequence[Sequence[int]]
 
@@ -118,6 +121,8 @@ class LlamaCpp(compare_workers.LlamaCpp):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.gpu_layers = 0 if args.device == "cpu" else 1 << 16
+        # Of serve_mixed: only the last one is kept.
+        self._mixed: tuple[tuple[int, int, bool], Any] | None = None
 
     def load(self, path: str) -> None:
         self.args.model = Path(path)
@@ -134,6 +139,50 @@ class LlamaCpp(compare_workers.LlamaCpp):
             return list(zip(*made["token_ids"], strict=True)), ended
 
         return in_waves(prompts, max_batch, wave)
+
+    def serve_mixed(
+        self, prompts: Prompts, output_lens: Sequence[int], max_batch: int, unified: bool = False
+    ) -> dict[str, Any]:
+        """Continuous batching: `max_batch` slots, each of which is filled again as soon as its request has ended.
+
+        Args:
+            unified: the sequences' keys and values stand in one buffer, not in one for each.
+        """
+        np, lib = self.np, self.lib
+        longest = max(len(prompt) + length for prompt, length in zip(prompts, output_lens, strict=True))
+        context = self._mixed_context(max_batch, -(-longest // 256) * 256, unified)
+        memory, batch_size = lib.llama_get_memory(context), lib.llama_n_batch(context)
+        lib.llama_memory_clear(memory, False)
+        batch = lib.llama_batch_init(batch_size, 0, 1)
+        slots = Slots(prompts, output_lens, max_batch, batch_size)
+        start = time.perf_counter()
+        while tokens := slots.next_batch():
+            for place, token in enumerate(tokens):
+                fill(batch, place, *token)
+            batch.n_tokens = len(tokens)
+            status = lib.llama_decode(context, batch)
+            if status:
+                raise RuntimeError(f"llama_decode ended with status {status}")
+            chosen: list[int] = []
+            if slots.num_wanted:
+                shape = (slots.num_wanted, self.vocab_size)
+                chosen = np.ctypeslib.as_array(lib.llama_get_logits(context), shape).argmax(axis=1).tolist()
+            else:
+                lib.llama_synchronize(context)
+            for sequence in slots.take(chosen, time.perf_counter() - start):
+                lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+        seconds = time.perf_counter() - start
+        lib.llama_batch_free(batch)
+        return {"token_ids": slots.token_ids, "times": slots.times, "seconds": seconds}
+
+    def _mixed_context(self, num_slots: int, seq_len: int, unified: bool) -> Any:
+        key = (num_slots, seq_len, unified)
+        if self._mixed is None or self._mixed[0] != key:
+            if self._mixed is not None:
+                self.lib.llama_free(self._mixed[1])
+                self._mixed = None
+            self._mixed = key, self.new_context(num_slots, seq_len, kv_unified=unified)
+        return self._mixed[1]
 
 
 class Vllm(Program):
@@ -170,13 +219,17 @@ class Vllm(Program):
         return self._engine
 
     def serve(self, prompts: Prompts, output_len: int, max_batch: int) -> dict[str, Any]:
-        engine = self.engine(max_batch, len(prompts[0]) + output_len)
-        options = {"max_tokens": output_len, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        return self.serve_mixed(prompts, [output_len] * len(prompts), max_batch)
+
+    def serve_mixed(self, prompts: Prompts, output_lens: Sequence[int], max_batch: int) -> dict[str, Any]:
+        pairs = list(zip(prompts, output_lens, strict=True))
+        engine = self.engine(max_batch, max(len(prompt) + length for prompt, length in pairs))
+        options = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
         token_ids: list[list[int]] = [[] for _ in prompts]
         times: list[list[float]] = [[] for _ in prompts]
         start = time.perf_counter()
-        for index, prompt in enumerate(prompts):
-            params = self.vllm.SamplingParams(**options)
+        for index, (prompt, length) in enumerate(pairs):
+            params = self.vllm.SamplingParams(max_tokens=length, **options)
             engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
         while engine.has_unfinished_requests():
             outputs = engine.step()

@@ -26,7 +26,7 @@ def root(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "llama_fast" / "ops").mkdir(parents=True)
     (tmp_path / "llama_fast" / "ops" / "cuda_checked.json").write_text("{}")
-    for name in ("readme_table.py", "sources.py", "gpu_report_targets.py"):
+    for name in ("readme_table.py", "readme_serving.py", "sources.py", "gpu_report_targets.py"):
         (tmp_path / "bench" / name).write_text((_ROOT / "bench" / name).read_text())
     (tmp_path / "README.md").write_text(
         "before\n<!-- bench/readme_table.py writes this -->\n<!-- until here -->\nafter\n"
@@ -38,7 +38,7 @@ def test_a_changed_figure_and_a_missing_result_show(root):
     readme = root / "README.md"
     assert _report(root, "--check").returncode == 1
     assert _report(root).returncode == 0
-    assert readme.read_text().count("not measured yet") == 8
+    assert readme.read_text().count("not measured yet") == 9
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith("\nafter\n")
 
@@ -95,7 +95,7 @@ def test_kernels_are_a_table_and_stale_ones_say_so(root):
         _kernel_row(context=32768),
     ]
     text = _kernels_say(root, "kernels", sources, rows)
-    assert "Kernels: 3 results" in text and text.count("not measured yet") == 7
+    assert "Kernels: 3 results" in text and text.count("not measured yet") == 8
     assert "| linear | 8b, qkv | 1 | 16.80 us | 21.00 us | 80.0% | 24.25 us | machine |" in text
     assert "| linear | 8b, qkv | 4,096 | 16.80 us | 21.00 us | 80.0% |  | machine |" in text
     # attention.py is not there any more, or never was what was measured.
@@ -115,7 +115,7 @@ def test_refused_kernels_show_and_bounds_alone_do_not(root):
     assert "| linear | 8b, qkv | 1 | 16.80 us | refused (stale) |  |  | machine |" in text
     bound = {name: value for name, value in refused.items() if name != "refused"}
     text = _kernels_say(root, "kernels-1", {}, [bound])
-    assert text.count("not measured yet") == 8
+    assert text.count("not measured yet") == 9
 
 
 def test_what_a_hash_depends_on(root):
@@ -191,7 +191,7 @@ def test_a_report_takes_the_place_of_older_rows_of_its_gpu(root):
 
 def test_a_report_without_a_gpu_claims_nothing(root):
     text = _report_file(root, measured=False)
-    assert "of bound" not in text and text.count("not measured yet") == 8
+    assert "of bound" not in text and text.count("not measured yet") == 9
 
 
 def test_how_a_kernel_is_proven(root):
@@ -230,3 +230,24 @@ def test_serving_benches_are_shown_as_they_are(root):
     text = (root / "README.md").read_text()
     assert "| model | program | batch size | context | ttft bound s | ttft s | ttft share of bound | where |" in text
     assert "| 8b, bfloat16 | llama_fast | 16 | 1,024 | 100.00 ms | 200.00 ms | 50.0% | machine |" in text
+
+
+def test_requests_of_many_lengths_are_a_table_of_their_own(root):
+    seconds = {"p50": 1.5, "p90": 2.0, "p99": 2000.25, "mean": 1.0, "count": 3}
+    row = {"program": "llama_fast", "batch_size": 16, "num_requests": 64, "output_tokens_per_s": {"median": 1234.5}}
+    row |= {"times_one_by_one": {"median": 4.126}, "share_of_ideal": 0.912, "host_share": 0.0125}
+    row |= {"ttft_s": seconds, "itl_s": {**seconds, "p99": 0.0625}}
+    peer = {**row, "program": "llama.cpp", "batch_size": 8, "ours_to_it": {"median": 1.5}, "unified": True}
+    for name in ("times_one_by_one", "share_of_ideal", "host_share"):
+        del peer[name]
+    result = {"bench": "throughput_mixed", "model": "1b", "dtype": "bfloat16", "backend": "cpu", "num_threads": 2}
+    result |= {"mix": "32-512/16-128", "rows": [row, peer]}
+    (root / "bench" / "results" / "machine" / "throughput-mixed-1b.json").write_text(json.dumps(result))
+    assert _report(root).returncode == 0
+    text = (root / "README.md").read_text()
+    times = "1.5 / 2.0 / 2,000.2 s | 1,500.0 / 2,000.0 / 62.5 ms | machine, 2 threads |"
+    ours = "| 1b, bfloat16 | 64 of 32-512/16-128 | llama_fast | 16 | 1,234.5 | 4.13x | 91.2% | 1.2% |  |"
+    assert f"{ours} {times}" in text
+    theirs = "| 1b, bfloat16 | 64 of 32-512/16-128 | llama.cpp | 8 | 1,234.5 |  |  |  | 1.50x |"
+    assert f"{theirs} {times}" in text
+    assert "--mixed`: not measured yet" not in text and "`bench_throughput.py`: not measured yet." in text
