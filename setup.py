@@ -3,7 +3,8 @@
 Both are optional: without a C++20 compiler, or on another processor, the installation goes on and the package runs on
 plain PyTorch, which it says once; without nvcc it runs on Triton's kernels alone. CXX chooses the compiler,
 LLAMA_FAST_CXXFLAGS adds flags to _C (csrc/sanitize.sh). nvcc is looked for on PATH and in CUDA_HOME;
-LLAMA_FAST_CUDA_ARCHS="80,90" builds for these compute capabilities (times ten) only, "none" for none.
+LLAMA_FAST_CUDA_ARCHS="80,90" builds for these compute capabilities (times ten), "none" for none; by default it is built
+for the GPUs that are here or, where none is, for those on which it was checked (llama_fast/ops/cuda_checked.json).
 """
 
 import hashlib
@@ -34,8 +35,8 @@ FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextr
 
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/int4_linear.cu"]
 CUDA_HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.h"))
-# Ampere, Ada, Hopper and Blackwell; PTX of the last serves what comes later.
-CUDA_ARCHS = "80,89,90,100"
+# Those of ops/cuda_checked.json: elsewhere it is off unless it is asked for. PTX of the last serves what comes later.
+CUDA_ARCHS = "90"
 CUDA_FLAGS = "-std=c++20 -O3 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
@@ -67,7 +68,7 @@ class NinjaBuild(build_ext):
         self._run_ninja(build, target, _rules(ext.sources, _includes(build), target))
 
     def _build_cuda(self, ext: Extension, target: Path) -> None:
-        nvcc, archs = _nvcc(), os.environ.get("LLAMA_FAST_CUDA_ARCHS") or CUDA_ARCHS
+        nvcc, archs = _nvcc(), os.environ.get("LLAMA_FAST_CUDA_ARCHS") or _archs_here() or CUDA_ARCHS
         if nvcc is None or archs == "none":
             raise OSError("no nvcc on PATH or in CUDA_HOME" if nvcc is None else "LLAMA_FAST_CUDA_ARCHS=none")
         if not re.fullmatch(r"\d+(,\d+)*", archs):
@@ -100,6 +101,17 @@ def _includes(build: Path) -> list[str]:
         shutil.copytree(pybind11.get_include(), part, dirs_exist_ok=True)
         part.rename(copy)
     return [sysconfig.get_path("include"), str(copy)]
+
+
+def _archs_here() -> str:
+    """Of the GPUs of this machine that the extension can run on; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    found = {int(line.replace(".", "")) for line in listed.split() if re.fullmatch(r"\d+\.\d", line)}
+    return ",".join(str(arch) for arch in sorted(found) if arch >= 80)
 
 
 def _nvcc() -> str | None:
