@@ -1,4 +1,5 @@
 """What nvcc makes of the CUDA kernels: no GPU is needed. Ampere, Ada and Blackwell take `pytest --full`."""
+
 import hashlib
 import importlib
 import json
