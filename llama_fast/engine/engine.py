@@ -235,7 +235,7 @@ class Engine:
                 self._owner.clear()
 
     def _drop_unfinished(self) -> None:
-        for request in list({id(s.request): s.request for s in self._running.samples.values()}.values()):
+        for request in self.open_requests:
             self.abort(request)
         # What is on its way would be read as tokens of the next session.
         self._in_order = False
@@ -247,6 +247,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
         return self.scheduler.has_work
+
+    @property
+    def open_requests(self) -> list[Request]:
+        """Those that wait or run."""
+        return list({id(sample.request): sample.request for sample in list(self._running.samples.values())}.values())
 
     def add(self, request: Request) -> None:
         """Queue a request; in a session.

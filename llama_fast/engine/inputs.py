@@ -26,14 +26,14 @@ def prompt_list(prompts: Prompts) -> list[Prompt]:
             "prompts must be a text, a list of token ids, a list of messages, or a list of them; got "
             f"{type(prompts).__name__}"
         )
-    if len(prompts) and isinstance(prompts[0], numbers.Integral | Mapping):
+    if is_chat(cast(Prompt, prompts)) or (len(prompts) and isinstance(prompts[0], numbers.Integral)):
         return [cast(Prompt, prompts)]
     return list(cast(Sequence[Prompt], prompts))
 
 
 def is_chat(prompt: Prompt) -> bool:
     """Whether a prompt is a list of messages."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping) and bool(prompt[0])
 
 
 def id_list(prompt: Any, index: int) -> Sequence[int]:

@@ -19,7 +19,7 @@ from llama_fast.engine.outputs import EngineStats, RequestOutput, TokenChunk
 from llama_fast.engine.plan import engine_sizes
 from llama_fast.engine.request import Pooling, Request, Sample
 from llama_fast.engine.sampling import GenerationDefaults, SamplingParams
-from llama_fast.errors import GenerationInterrupted, RequestError, brief
+from llama_fast.errors import GenerationInterrupted, RequestError, TemplateError, brief
 from llama_fast.hub import find_folder
 from llama_fast.model.kv_cache import PAGE_SIZE, SPLIT_SIZE
 from llama_fast.model.llama import LlamaLM
@@ -84,8 +84,6 @@ class LLM:
         local_files_only: bool = False,
     ) -> None:
         self._closed = False
-        # Of the call that is running.
-        self._current: Sequence[Request] = ()
         folder = find_folder(
             model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
@@ -216,8 +214,9 @@ class LLM:
         Returns:
             Whether there was such a request and it had not ended.
         """
-        request = next((one for one in self._current if one.index == request_index), None)
-        if request is None or request.finished:
+        open_requests = [] if self._closed else self.engine.open_requests
+        request = next((one for one in open_requests if one.index == request_index), None)
+        if request is None:
             return False
         self.engine.abort_soon(request)
         return True
@@ -252,27 +251,19 @@ class LLM:
                 ProgressBar(total=len(requests), desc="prompts", disable=not use_tqdm) as bar,
             ):
                 for samples in steps:
-                    self._current = requests
                     ended = {s.request.index for s in samples if s.request.metrics.finished is not None}
                     bar.update(len(ended))
         except KeyboardInterrupt as interrupt:
             raise GenerationInterrupted(_aborted(requests)) from interrupt
-        finally:
-            if self._current is requests:
-                self._current = ()
 
     def _stream(self, requests: list[Request]) -> Generator[TokenChunk, None, None]:
         try:
             with closing(self.engine.run(requests)) as steps:
                 for samples in steps:
-                    self._current = requests
                     for sample in samples:
                         yield chunk_of(sample)
         except KeyboardInterrupt as interrupt:
             raise GenerationInterrupted(_aborted(requests)) from interrupt
-        finally:
-            if self._current is requests:
-                self._current = ()
 
     def _requests(
         self,
@@ -314,7 +305,10 @@ class LLM:
         if isinstance(prompt, str):
             prompt_ids = self.tokenizer.encode(prompt)
         elif inputs.is_chat(prompt):
-            prompt_ids = self.tokenizer.apply_chat_template(cast(Any, prompt), add_generation_prompt=True)
+            try:
+                prompt_ids = self.tokenizer.apply_chat_template(cast(Any, prompt), add_generation_prompt=True)
+            except (RequestError, TemplateError) as error:
+                raise RequestError(f"prompt {index}: {error}") from error
         else:
             prompt_ids = inputs.id_list(prompt, index)
         resolved = sampling_params.resolve(

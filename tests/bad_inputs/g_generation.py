@@ -247,8 +247,8 @@ def G08_prompt_as_ids(engine: Serving) -> None:
     engine.refused(RequestError, "prompt 1: the prompt has no tokens", prompt=[[1, 2], []])
     engine.refused(RequestError, "prompt 0: prompt_token_ids[0]=[", prompt=[[[1, 2]]])
     for prompt in ([1.5, 2], [None], [object()], np.array([1.5]), torch.tensor([0.5])):
-        engine.refused(RequestError, "prompt 0 must be a text or a list of token ids", prompt=prompt)
-    engine.refused(RequestError, "prompt 1 must be a text or a list of token ids", prompt=["abc", 5])
+        engine.refused(RequestError, "prompt 0 must be a text, a list of token ids or", prompt=prompt)
+    engine.refused(RequestError, "prompt 1 must be a text, a list of token ids or", prompt=["abc", 5])
     for prompt in (5, None, {"a": 1}, {1, 2}, b"abc", object()):
         engine.refused(RequestError, "prompts must be a text", prompt=prompt)
     for prompt in (np.array([1, 2]), torch.tensor([1, 2]), (1, 2), [np.int64(1), 2]):
