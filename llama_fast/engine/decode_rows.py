@@ -150,6 +150,8 @@ class DecodeRows:
             token_ids, ahead: the token, and how many places behind the one that the sequence's row runs next.
         """
         device = self.done.device
+        for row in targets:
+            self._stops[row] = None
         source, target, ids, places = to_device([rows, targets, token_ids, ahead], torch.int64, device)
         for buffer in (self._wide, self._floats, self._narrow):
             buffer[:, target] = buffer[:, source]

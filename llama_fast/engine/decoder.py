@@ -123,6 +123,8 @@ class Decoder:
         """Drop all rows and all that is on its way."""
         self._rows: list[_Row | None] = []
         self._unread: deque[_Draw] = deque()
+        # What `read` met after it had the tokens: rows must join again.
+        self.failed: Exception | None = None
         self.graph.rows.rest_all()
 
     @property
@@ -311,9 +313,13 @@ class Decoder:
                 moves.append((place, taken[-1], len(taken) - 1))
             of_sample = [scores.get(one) for one in places]
             drawn.append(Drawn(sample, taken, of_sample, len(guess.token_ids), len(taken) - 1))
-        if moves:
-            self.graph.rows.go_on(*zip(*moves, strict=True))
-        self.graph.rows.rest(*verifying)
+        try:
+            if moves:
+                self.graph.rows.go_on(*zip(*moves, strict=True))
+            self.graph.rows.rest(*verifying)
+        except Exception as error:
+            # The tokens are known all the same.
+            self.failed = error
         return drawn
 
 

@@ -130,6 +130,8 @@ class Engine:
             share_prefixes=self.prefix_caching,
             share_generated=share_generated,
         )
+        if hasattr(self, "_running"):
+            scheduler.counts = self.scheduler.counts
         with self._at_work():
             self._running = Running(self.model, self.ops, self.cache, self.decoder, scheduler)
         self._in_order = True
@@ -230,18 +232,19 @@ class Engine:
             yield
         finally:
             if self._owner.get("session") is session:
-                if self._in_order and self._dead is None:
-                    self._drop_unfinished()
-                self._owner.clear()
+                try:
+                    if self._in_order and self._dead is None:
+                        self._drop_unfinished()
+                finally:
+                    self._owner.clear()
 
     def _drop_unfinished(self) -> None:
-        for request in self.open_requests:
-            self.abort(request)
-        # What is on its way would be read as tokens of the next session.
-        self._in_order = False
-        with self._at_work():
-            self.decoder.forget()
-        self._in_order = True
+        with self._moving():
+            for request in self.open_requests:
+                self.abort(request)
+            # What is on its way would be read as tokens of the next session.
+            with self._at_work():
+                self.decoder.forget()
 
     @property
     def has_work(self) -> bool:
@@ -260,7 +263,7 @@ class Engine:
             RequestError: it can never run (see `check`), or was added before.
         """
         self.check(request)
-        if request.metrics.started is not None or request.finished:
+        if request.metrics.started is not None or request.finished or request in self.open_requests:
             raise RequestError(f"prompt {request.index}: this request has run already; make a new one")
         root = (request.cache_salt, self.model.model.rotary.state(len(request.prompt_token_ids)))
         # Where every position counts every position has to run.
@@ -319,9 +322,10 @@ class Engine:
     @contextmanager
     def _moving(self) -> Iterator[None]:
         """Around what leaves pages and rows in disorder if it is interrupted: the next session begins anew then."""
-        self._in_order = False
+        # `abort` may be called in the middle of a step.
+        before, self._in_order = self._in_order, False
         yield
-        self._in_order = True
+        self._in_order = before
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

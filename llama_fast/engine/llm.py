@@ -200,10 +200,11 @@ class LLM:
         params = SamplingParams(max_tokens=0)
         requests = self._requests(prompts, params, pooling=pooling, cache_salt=cache_salt)
         self._run(requests, use_tqdm)
+        vectors = []
         for request in requests:
-            if request.error is not None:
-                raise request.error
-        vectors = [request.pooled for request in requests if request.pooled is not None]
+            if request.pooled is None:
+                raise request.error or RequestError(f"prompt {request.index} was aborted; nothing was encoded")
+            vectors.append(request.pooled)
         return [torch.nn.functional.normalize(one, dim=-1) for one in vectors] if normalize else vectors
 
     def abort(self, request_index: int) -> bool:
@@ -222,7 +223,13 @@ class LLM:
         return True
 
     def stats(self) -> EngineStats:
-        """Counts of the engine: steps, pages, preemptions, shared prefixes."""
+        """Counts of the engine: steps, pages, preemptions, shared prefixes.
+
+        Raises:
+            RequestError: this LLM is closed.
+        """
+        if self._closed:
+            raise RequestError("this LLM is closed; make a new one")
         return self.engine.stats()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ fails; who fails alone ends with an error, and the others go on with the bits th
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -94,7 +95,8 @@ class Running:
         owed = bool(decoder.samples) and not shared
         if works:
             ended += self._run_prompts(works, shared)
-        self._decode(owed)
+        if self._decoding_failed is None:
+            self._decode(owed)
         return ended + (self._read() if self.decoder.unread else [])
 
     # --- pages --------------------------------------------------------------------------------------------------------
@@ -125,8 +127,12 @@ class Running:
             except Exception as error:
                 failed += self._fail(sample.request, error)
         for sequence in plan.grown:
-            if sequence in self.samples:
-                self.decoder.grow(self.samples[sequence])
+            sample = self.samples.get(sequence)
+            if sample is not None:
+                try:
+                    self.decoder.grow(sample)
+                except Exception as error:
+                    failed += self._fail(sample.request, error)
         return failed
 
     # --- prompts ------------------------------------------------------------------------------------------------------
@@ -198,31 +204,60 @@ class Running:
                 self._end(ended[-1], "length", at_rest=True)
         if logits is None:
             return ended
+        due = [work for work in works if work.sequence in self.samples and work.samples]
         samples: list[Sample] = []
         rows: list[int] = []
-        due = [work for work in works if work.sequence in self.samples and work.samples]
-        requests = [self.samples[work.sequence].request for work in due]
-        try:
-            for place, work in enumerate(due):
+        for place, work in enumerate(due):
+            request = self.samples[work.sequence].request
+            try:
                 forked = self._fork(work)
+                self.decoder.join(forked)
+            except Exception as error:
+                ended += self._fail(request, error)
+            else:
                 samples += forked
                 rows += [place] * len(forked)
-            self.decoder.join(samples)
-            rows += range(len(due), len(due) + len(shared))
-            if len(rows) > len(due) + len(shared):
+        samples += shared
+        rows += range(len(due), len(due) + len(shared))
+        try:
+            if rows != list(range(len(logits))):
                 logits = logits[to_device(rows, torch.int64, logits.device)]
-            self.decoder.draw([*samples, *shared], logits)
+            if samples:
+                self.decoder.draw(samples, logits)
         except Exception as error:
             if is_fatal(error):
                 raise
-            if not requests:
+            if not due:
                 self._decoding_failed = error
-            for request in requests:
-                ended += self._fail(request, error)
-            if shared and requests:
-                # Their rows may have gone on. They take the next decoding step.
-                self.decoder.join_again()
+                return ended
+            ended += self._draw_one_by_one(samples[: len(samples) - len(shared)], logits)
         return ended
+
+    def _draw_one_by_one(self, samples: Sequence[Sample], logits: Tensor) -> list[Sample]:
+        """Draw first tokens anew, a request at a time, after a draw of all of them failed.
+
+        Returns:
+            The samples that got a token or ended.
+        """
+        told: list[Sample] = []
+        # How far rows have come is known when all that is on its way is read; what was lost they draw again.
+        while self.decoder.unread:
+            told += self._read()
+        left = [place for place, sample in enumerate(samples) if not sample.token_ids and sample.finish_reason is None]
+        for place in left:
+            self.decoder.leave(samples[place], at_rest=False)
+        self.decoder.join_again()
+        for _, group in itertools.groupby(left, key=lambda place: id(samples[place].request)):
+            places = list(group)
+            own = [samples[place] for place in places]
+            try:
+                self.decoder.join(own)
+                self.decoder.draw(own, logits[places[0] : places[-1] + 1])
+                told += self._read()
+            except Exception as error:
+                told += self._fail(own[0].request, error)
+                self.decoder.join_again()
+        return told
 
     def _fork(self, work: Work) -> list[Sample]:
         """The samples of a prompt that is through; the further ones fork off."""
@@ -298,6 +333,7 @@ class Running:
     def _read(self) -> list[Sample]:
         """Hand the tokens of the oldest draw to their samples."""
         drawn = self.decoder.read()
+        self._decoding_failed, self.decoder.failed = self._decoding_failed or self.decoder.failed, None
         now = time.monotonic()
         told = [one.sample for one in drawn]
         for one in drawn:
@@ -346,8 +382,9 @@ class Running:
         ended: list[Sample] = []
         while self.to_abort:
             request = self.to_abort.popleft()
-            ended += [sample for sample in request.samples if sample.finish_reason is None]
+            before = [sample for sample in request.samples if sample.finish_reason is None]
             self.abort(request)
+            ended += [sample for sample in before if sample.finish_reason is not None]
         return ended
 
     def _expire(self) -> list[Sample]:
@@ -375,6 +412,9 @@ class Running:
         failed = [sample for sample in request.samples if sample.finish_reason is None]
         for sample in failed:
             self._end(sample, "error", at_rest=False)
+        for sample in request.samples:
+            if self.samples.get(sample.sequence) is sample:  # it had just ended when this failed
+                self._release(sample, at_rest=False)
         return failed
 
     def _end(self, sample: Sample, reason: FinishReason, at_rest: bool) -> None:

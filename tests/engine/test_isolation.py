@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_fast.engine.engine import Engine
-from llama_fast.errors import OutOfMemoryError, RequestFailedError, RequestTimeoutError
+from llama_fast.errors import OutOfMemoryError, RequestError, RequestFailedError, RequestTimeoutError
 from tests.byte_model import save_byte_model
 from tests.tiny import OPS, fail_at, make_model, make_request, op_by_op
 
@@ -298,3 +298,149 @@ def test_K01_an_aborted_request_leaves_no_trace(tiny, expected, steps_ahead, aft
             else:
                 for sample, (token_ids, *_) in zip(request.samples, whole[1], strict=True):
                     assert sample.token_ids == token_ids[: len(sample.token_ids)]
+
+
+# --- faults in between ------------------------------------------------------------------------------------------------
+
+
+def _once(monkeypatch, owner, name, error, call=1):
+    """The `call`-th use of `owner.name` raises."""
+    plain, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise error("once")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.usefixtures("roles")
+@pytest.mark.parametrize("op", ["log_probs", "advance", "sample"])
+@pytest.mark.parametrize("call", range(1, 8))
+def test_K07_a_draw_that_fails_beside_a_half_run_prompt_loses_no_token(tiny, monkeypatch, op, call):
+    """No prompt ends in that step, so nobody is at fault: rows that had gone on already draw again."""
+
+    def requests():
+        decoding = make_request(tiny, [3], 0, max_tokens=12, logprobs=1, temperature=1.0, seed=3)
+        return [decoding, make_request(tiny, [i % 90 for i in range(60)], 1, max_tokens=4)]
+
+    alone = [_outcome(_run(_engine(tiny), [request])[0]) for request in requests()]
+    with monkeypatch.context() as patch:
+        _once(patch, OPS, op, RuntimeError, call)
+        together = _run(_engine(tiny, prefill_chunk=9), requests())
+    for request, whole in zip(together, alone, strict=True):
+        assert request.error is not None or _outcome(request) == whole
+
+
+@pytest.mark.usefixtures("roles")
+@pytest.mark.parametrize("owner", ["copy_pages", "join", "allow_stops", "add_pages", "go_on", "grow", "rest"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_L02_memory_for_rows_and_pages_that_is_short_once(tiny, expected, monkeypatch, owner, call):
+    from llama_fast.engine.decode_rows import DecodeRows
+    from llama_fast.engine.decoder import Decoder
+
+    where = {"copy_pages": OPS, "grow": Decoder}.get(owner, DecodeRows)
+    requests = _requests(tiny)
+    guessing = make_request(tiny, [4, 5, 6] * 4, 9, max_tokens=30, prompt_lookup_num_tokens=4)
+    requests.insert(1, guessing)
+    with monkeypatch.context() as patch:
+        _once(patch, where, owner, MemoryError, call)
+        _run(_engine(tiny), requests)
+    failed = [request for request in requests if request.error is not None]
+    assert len(failed) <= 1
+    for request in requests:
+        if request is not guessing and request.error is None:
+            assert _outcome(request) == expected[request.index]
+
+
+def test_L02_a_fork_without_memory_ends_its_request_alone(tiny, monkeypatch):
+    requests = [make_request(tiny, [3], 0, max_tokens=4), make_request(tiny, [4, 5], 1, max_tokens=4, n=2, top_k=5)]
+    with monkeypatch.context() as patch:
+        _once(patch, OPS, "copy_pages", MemoryError)
+        _run(_engine(tiny), requests)
+    assert [type(request.error) for request in requests] == [type(None), OutOfMemoryError]
+
+
+def test_L02_a_sample_that_fails_as_it_ends_gives_its_pages_back(tiny, monkeypatch):
+    from llama_fast.engine import running
+
+    requests = [make_request(tiny, [3], 0, max_tokens=4, logprobs=1), make_request(tiny, [4], 1, max_tokens=4)]
+    with monkeypatch.context() as patch:
+        _once(patch, running, "position_logprobs", MemoryError, 4)
+        _run(_engine(tiny), requests)
+    assert [type(request.error) for request in requests] == [OutOfMemoryError, type(None)]
+
+
+def test_a_request_runs_once(tiny):
+    engine = _engine(tiny)
+    request = make_request(tiny, [3], 0, max_tokens=4)
+    with pytest.raises(RequestError, match="has run already"):
+        _run(engine, [request, request])
+    with pytest.raises(RequestError, match="has run already"):
+        _run(engine, [request])
+    _run(engine, [make_request(tiny, [3], 0, max_tokens=4)])
+
+
+def test_K04_an_abort_in_a_callback_and_then_Ctrl_C(tiny, monkeypatch):
+    """The abort ends in order, the step around it does not."""
+    engine = _engine(tiny)
+    requests = [make_request(tiny, [3 + index], index, max_tokens=(30, 2, 30)[index]) for index in range(3)]
+    requests[0].on_token = lambda sample: engine.abort(requests[2])
+    finish = engine.scheduler.finish
+
+    def interrupted(sequence):
+        if sequence is requests[1].samples[0].sequence:
+            raise KeyboardInterrupt
+        finish(sequence)
+
+    monkeypatch.setattr(engine.scheduler, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(engine, requests)
+    _run(engine, [make_request(tiny, [3], 0, max_tokens=3)])
+
+
+def test_K04_an_interrupt_while_a_session_is_cleaned_up(tiny, monkeypatch):
+    engine = _engine(tiny)
+    steps = engine.run([make_request(tiny, [3], 0, max_tokens=30)])
+    next(steps)
+    with monkeypatch.context() as patch:
+        _once(patch, engine.decoder, "forget", KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            steps.close()
+    _run(engine, [make_request(tiny, [3], 0, max_tokens=3)])
+
+
+def test_K04_an_interrupt_while_guesses_take_rows(tiny, expected, monkeypatch):
+    """What a row's stop mask was made of is not known then."""
+    from llama_fast.engine import decode_rows
+
+    engine = _engine(tiny)
+
+    class Interrupting(torch.Tensor):
+        """A mask that is written, and then Ctrl-C."""
+
+        def __setitem__(self, index, value):
+            super().__setitem__(index, value)
+            raise KeyboardInterrupt
+
+    def interrupted(self, *args):
+        masks, self.stop_mask = self.stop_mask, self.stop_mask.as_subclass(Interrupting)
+        try:
+            plain(self, *args)
+        finally:
+            self.stop_mask = masks
+
+    plain = decode_rows.DecodeRows.guess
+
+    stops = {"stop_token_ids": list(range(0, 97, 2)), "min_tokens": 3}
+    _run(engine, [make_request(tiny, [3 + index], index, max_tokens=3, **stops) for index in range(4)])
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_rows.DecodeRows, "guess", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(engine, [make_request(tiny, [5, 6, 7, 8] * 3, 0, max_tokens=30, prompt_lookup_num_tokens=3)])
+    rows = engine.decoder.graph.rows
+    for row, known in enumerate(rows._stops):
+        assert known is None or sorted(known) == rows.stop_mask[row].nonzero()[:, 0].tolist()
+    assert [_outcome(request) for request in _run(engine, _requests(tiny))] == expected
