@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 
-_MAX_NAMES = 10  # listed in a message
+MAX_NAMES = 10  # listed in a message
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 50
 _REPR.maxlevel = 3
@@ -23,8 +23,8 @@ def shown(name: str) -> str:
 def listed(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(shown(name) for name in names[:_MAX_NAMES]) + more
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(shown(name) for name in names[:MAX_NAMES]) + more
 
 
 def brief(value: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from llama_fast.engine.generation_config import GenerationDefaults
 from llama_fast.engine.parameter_checks import MAX_LOGIT_BIAS, checked, id_tuple
-from llama_fast.errors import ContextLengthError, RequestError, UnsupportedError, listed
+from llama_fast.errors import MAX_NAMES, ContextLengthError, RequestError, UnsupportedError, listed
 
 __all__ = ["MIN_TEMPERATURE", "GenerationDefaults", "ResolvedSampling", "SamplingParams"]
 
@@ -113,12 +113,15 @@ class SamplingParams:
         """
         if not isinstance(content, Mapping):
             raise RequestError(f"sampling parameters must be an object; got {type(content).__name__}")
-        given = {name: value for name, value in content.items() if value is not None}
-        if unsupported := sorted(given.keys() & _UNSUPPORTED):
+        # A stranger's object may have a million fields: they are looked at once, and not copied.
+        if unsupported := sorted(name for name in _UNSUPPORTED if content.get(name) is not None):
             raise UnsupportedError(f"{', '.join(unsupported)}: not supported; leave the field out")
         known = {spec.name: spec for spec in fields(cls)}
-        if unknown := [str(name) for name in given if name not in known]:
+        unknown: list[Any] = [name for name, value in content.items() if name not in known and value is not None]
+        if unknown:
+            unknown[:MAX_NAMES] = map(str, unknown[:MAX_NAMES])
             raise RequestError(f"unknown fields: {listed(unknown)}; known are {', '.join(known)}")
+        given = {name: content[name] for name in known if content.get(name) is not None}
         bias = given.get("logit_bias")
         if isinstance(bias, Mapping) and len(bias) <= MAX_LOGIT_BIAS:
             given["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
