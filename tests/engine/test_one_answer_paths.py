@@ -31,9 +31,9 @@ SPECS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def tiny(request):
-    return make_model(request.param)
+@pytest.fixture(scope="module")
+def tiny():
+    return make_model(torch.bfloat16)
 
 
 def _engine(model, *, pages=None, kind=RecordingEngine, **changes):
