@@ -19,4 +19,4 @@ def test_example_runs_and_prints(source, capsys):
 
 
 def test_there_are_examples():
-    assert len(_EXAMPLES) == 4
+    assert len(_EXAMPLES) == 6

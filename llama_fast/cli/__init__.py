@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from llama_fast import __version__
-from llama_fast.cli import batch, chat, generate, info, perplexity, plan, quantize
+from llama_fast.cli import batch, certify, chat, generate, info, perplexity, plan, quantize
 from llama_fast.cli.common import INTERRUPTED, one_line
 from llama_fast.errors import LlamaFastError
 
-_COMMANDS = (generate, chat, batch, perplexity, quantize, plan, info)  # in the order of --help
+_COMMANDS = (generate, chat, batch, perplexity, quantize, plan, info, certify)  # in the order of --help
 
 _EXAMPLES = """examples:
   llama-fast generate "Once upon a time"
@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   llama-fast quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 --calibrate text.txt
   llama-fast plan ./Llama-3.2-1B --max-batch 8 --max-seq-len 4096
   llama-fast info ./Llama-3.2-1B
+  llama-fast certify ./Llama-3.2-1B --quick
   llama-fast generate --help      all its options, more examples"""
 
 
