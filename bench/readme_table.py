@@ -31,6 +31,8 @@ def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         # A GPU's kernels do not care how many threads PyTorch has on the CPU.
+        if "certificate" in result:  # of `llama-fast certify`: no figures
+            continue
         on_gpu = result["bench"] in ("kernels", "gpu_report") or result.get("backend") == "gpu"
         result["where"] = path.parent.name + ("" if on_gpu else f", {result['num_threads']} threads")
         results.setdefault(result["bench"], []).append(result)
