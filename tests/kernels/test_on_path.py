@@ -34,7 +34,7 @@ def _count_calls(monkeypatch, modules):
 
 
 def _llm(folder, backend, device):
-    sizes = {"page_size": PAGE, "split_size": SPLIT, "max_seq_len": 128, "max_batch": 3}
+    sizes = {"page_size": PAGE, "split_size": SPLIT, "max_seq_len": 128, "max_batch": 3, "prefix_caching": False}
     return LLM(folder, backend=backend, device=device, **sizes)
 
 
