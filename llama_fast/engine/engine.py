@@ -29,6 +29,7 @@ from llama_fast.ops.replay import (
     is_fatal,
     is_out_of_memory,
     on_device,
+    survives_fork,
 )
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ class Engine:
         try:
             if self._dead is not None:
                 raise self._dead
-            if self._device.type == "cuda" and self._process != os.getpid():
+            if self._process != os.getpid() and not survives_fork(self._device):
                 raise RequestError("the engine was made in another process, whose GPU a fork cannot use; make one here")
             # One atomic step inside `try`: an interrupt between taking a lock and `try` would leave it taken.
             if self._owner.setdefault("session", session) is not session:

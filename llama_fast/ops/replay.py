@@ -106,6 +106,11 @@ def is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
 
 
+def survives_fork(device: torch.device) -> bool:
+    """Whether a child of this process can use what was made on `device`."""
+    return device.type != "cuda"
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes a GPU the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
